@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any, ClassVar, Self
 
 from torch import nn
@@ -47,7 +48,7 @@ class Edit(Record):
 
     target: str
     reason: str
-    numbers: dict[str, float] = {}  # noqa: RUF012 (never mutated: records are frozen)
+    numbers: dict[str, float] = field(default_factory=dict[str, float])
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         cls.kind = snake_case(cls.__name__)
