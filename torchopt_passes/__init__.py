@@ -15,42 +15,9 @@ Names are imported when they are first used: importing the package costs little 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "errors": (
-        "CallbackError",
-        "CaptureError",
-        "ConfigError",
-        "ExportError",
-        "MissingExtraError",
-        "PassError",
-        "PlanError",
-        "ProofError",
-        "TorchOptError",
-        "VerificationError",
-    ),
-    "graph.base": ("GraphPass", "PassContext", "PassResult", "on_copy"),
-    "graph.edit": ("Edit", "Skip"),
-    "graph.pipeline": ("Pipeline",),
-    "graph.plan": ("Plan",),
-    "graph.pruning": ("MaskWeights", "PruneWeights"),
-    "graph.registry": ("make_pass", "pass_types"),
-    "graph.report": ("PassReport", "Proof", "ReportRow"),
-}
-_WHERE = {name: module for module, names in _EXPORTS.items() for name in names}
-
-__all__ = sorted([*_WHERE, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+# The public names stand in __init__.pyi alone: type checkers read it, and the lazy imports are made from it.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
