@@ -1,0 +1,36 @@
+# make demo    the main job, end to end (under 5 minutes on 2 cores)
+# make test    the test suite; `make test TORCH=2.14.1` runs it on the newest torch, TORCH=2.13.0 (the default) on the oldest
+# make check   formatting, lint and types, as pre-commit and CI run them
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv$(if $(filter-out 2.13.0,$(TORCH)),-$(TORCH))
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check clean
+demo: $(VENV)/.demo
+	$(BIN)/torchopt-passes demo --out demo_output
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) demo_output
+
+# torch first and pinned, so that nothing pulls another build of it
+$(VENV)/.torch: 
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip<27"
+	$(BIN)/python -m pip install $(PIP_FLAGS) "torch==$(TORCH)"
+	touch $@
+
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) "torch==$(TORCH)" -e ".[$*]"
+	touch $@
