@@ -1,5 +1,5 @@
 # make demo    the main job, end to end (under 5 minutes on 2 cores)
-# make test    the test suite; `make test TORCH=2.14.1` runs it on the newest torch, TORCH=2.13.0 (the default) on the oldest
+# make test    format, lint and types (make check), then the test suite; `make test TORCH=2.14.1` runs it on the newest torch, TORCH=2.13.0 (the default) on the oldest
 # make check   formatting, lint and types, as pre-commit and CI run them
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -13,13 +13,13 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(VENV)/.demo
 	$(BIN)/torchopt-passes demo --out demo_output
 
-test: $(VENV)/.dev
+test: check
 	$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) demo_output

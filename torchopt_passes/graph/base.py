@@ -171,9 +171,7 @@ class GraphPass(Record):
             raise PassError(f"{self.name}: plan() must return a Plan, not {type(plan).__name__}")
         return plan if plan.passes else Plan(plan.edits, plan.skips, (self.recipe(),))
 
-    def _rewrite(
-        self, graph_module: fx.GraphModule, plan: Plan, context: PassContext, snapshot: Snapshot
-    ) -> Proof:
+    def _rewrite(self, graph_module: fx.GraphModule, plan: Plan, context: PassContext, snapshot: Snapshot) -> Proof:
         inputs = context.inputs_for(graph_module)
         if not plan:
             return Proof(claim=self.claim, status="unproven", detail="nothing to change")

@@ -23,7 +23,10 @@ def register(pass_type: type[GraphPass]) -> None:
         ConfigError: another class has that name.
     """
     known = _PASSES.get(pass_type.name)
-    if known is not None and (known.__module__, known.__qualname__) != (pass_type.__module__, pass_type.__qualname__):
+    if known is not None and (known.__module__, known.__qualname__) != (
+        pass_type.__module__,
+        pass_type.__qualname__,
+    ):
         raise ConfigError(f"a pass named {pass_type.name!r} exists already: {known.__module__}.{known.__qualname__}")
     _PASSES[pass_type.name] = pass_type
 

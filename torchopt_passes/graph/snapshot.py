@@ -61,18 +61,15 @@ class Snapshot:
             same = before.shape == tensor.shape and before.dtype == tensor.dtype
             if not same or not torch.equal(before, tensor):
                 found.append(name)
-        if isinstance(self._module, fx.GraphModule) and self._graph is not None:
-            if _signature(self._module.graph) != _signature(self._graph):
-                found.append("graph")
+        if self._graph is not None and _signature(self._graph) != _signature(self._module.graph):  # pyright: ignore
+            found.append("graph")
         return found
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     skip = ("_graph", "_code") if isinstance(module, fx.GraphModule) else ()
     return {
-        name: dict(value) if name in _TABLES else value
-        for name, value in module.__dict__.items()
-        if name not in skip
+        name: dict(value) if name in _TABLES else value for name, value in module.__dict__.items() if name not in skip
     } | ({"_non_persistent_buffers_set": set(module._non_persistent_buffers_set)})
 
 
@@ -86,9 +83,7 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def _names(module: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(module.named_parameters(remove_duplicate=False)) | dict(
-        module.named_buffers(remove_duplicate=False)
-    )
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _signature(graph: fx.Graph) -> list[tuple[str, str, str, str]]:

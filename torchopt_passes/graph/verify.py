@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,7 @@ def sqnr(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
+def in_eval_mode(module: nn.Module) -> Generator[None]:
     """Run a block with the module in eval mode; every submodule's mode and the RNG are as before afterwards."""
     modes = {child: child.training for child in module.modules()}
     was_training = module.training
@@ -111,9 +111,7 @@ def evaluate(
     return pytree.tree_leaves(output)
 
 
-def first_difference(
-    expected: Mapping[str, Any], actual: Mapping[str, Any], graph: fx.Graph, tolerance: float
-) -> str:
+def first_difference(expected: Mapping[str, Any], actual: Mapping[str, Any], graph: fx.Graph, tolerance: float) -> str:
     """Return the first node, in the graph's order, whose value differs, with op and the user's line."""
     for node in graph.nodes:
         if node.op != "call_function" or node.name not in expected or node.name not in actual:
@@ -154,7 +152,7 @@ class _Interpreter(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return None  # it asserts the dtype of the original run
-        swap = {d: self._dtype for d in (torch.float16, torch.bfloat16, torch.float32)}
+        swap = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), self._dtype)
         args, kwargs = pytree.tree_map_only(torch.dtype, lambda d: swap.get(d, d), (args, kwargs))
         return super().call_function(target, args, kwargs)
 

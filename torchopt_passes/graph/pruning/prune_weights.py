@@ -127,9 +127,7 @@ class PruneWeights(GraphPass):
         }
         return {name: masked[first] for name, first in aliases(graph_module).items() if first in masked}
 
-    def _choose(
-        self, graph_module: fx.GraphModule, context: PassContext
-    ) -> tuple[dict[str, torch.Tensor], list[Skip]]:
+    def _choose(self, graph_module: fx.GraphModule, context: PassContext) -> tuple[dict[str, torch.Tensor], list[Skip]]:
         weights = matrix_weights(graph_module)
         chosen: dict[str, torch.Tensor] = {}
         skips: list[Skip] = []
@@ -161,9 +159,7 @@ class PruneWeights(GraphPass):
                 skips.append(Skip(target=fqn, reason=str(error)))
         return found
 
-    def _mask(
-        self, weight: torch.Tensor, dims: set[int | None], generator: torch.Generator
-    ) -> torch.Tensor:
+    def _mask(self, weight: torch.Tensor, dims: set[int | None], generator: torch.Generator) -> torch.Tensor:
         kind, numbers = parse_pattern(self.pattern)
         if kind == "n:m":
             if len(dims) != 1 or None in dims:
@@ -178,9 +174,7 @@ class PruneWeights(GraphPass):
             return masks.random_mask(weight, sparsity, generator)
         return masks.magnitude_mask(weight, sparsity)
 
-    def _global_masks(
-        self, chosen: dict[str, torch.Tensor], sparsity: float, seed: int
-    ) -> dict[str, torch.Tensor]:
+    def _global_masks(self, chosen: dict[str, torch.Tensor], sparsity: float, seed: int) -> dict[str, torch.Tensor]:
         if self.method == "magnitude":
             return masks.global_magnitude_masks(chosen, sparsity)
         generator = torch.Generator().manual_seed(seed)
