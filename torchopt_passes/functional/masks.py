@@ -1,0 +1,234 @@
+"""Keep-masks: which weights stay, by an exact count.
+
+Every function returns bool tensors, True for a weight that is kept. Where a share is given, exactly
+`removed_count(sparsity, n)` of the n candidates go, ranked by score; among equal scores the one that comes first in
+memory goes first, so that the same weights give the same mask on every device and every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from torchopt_passes.errors import ConfigError
+
+__all__ = [
+    "block_mask",
+    "global_magnitude_masks",
+    "keep_largest",
+    "magnitude_mask",
+    "n_m_mask",
+    "random_mask",
+    "removed_count",
+    "sparsity_of",
+    "threshold_mask",
+]
+
+
+def removed_count(sparsity: float, n: int) -> int:
+    """Return how many of `n` candidates a share removes: floor(sparsity * n + 1/2), halves rounded up.
+
+    Args:
+        sparsity: share to remove, 0 <= sparsity <= 1.
+        n: number of candidates.
+
+    Raises:
+        ConfigError: `sparsity` is outside [0, 1] or not a number.
+
+    Example:
+        >>> removed_count(0.5, 5), removed_count(0.8, 10)
+        (3, 8)
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise ConfigError(f"sparsity must be in [0, 1], not {sparsity}")
+    return math.floor(sparsity * n + 0.5)
+
+
+def keep_largest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Return the mask that removes the lowest scores.
+
+    Args:
+        scores: importance of each weight, any shape; a NaN ranks highest and is kept.
+        sparsity: share to remove, 0 <= sparsity <= 1.
+
+    Returns:
+        bool, shape of `scores`.
+
+    Example:
+        >>> keep_largest(torch.tensor([3.0, 1.0, 2.0, 1.0]), 0.25)
+        tensor([ True, False,  True,  True])
+    """
+    removed = removed_count(sparsity, scores.numel())
+    mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[scores.detach().flatten().argsort(stable=True)[:removed]] = False
+    return mask.view(scores.shape)
+
+
+def magnitude_mask(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Return the mask that removes the smallest ``|w|`` of one tensor.
+
+    Args:
+        weight: any shape.
+        sparsity: share to remove, 0 <= sparsity <= 1.
+
+    Returns:
+        bool, shape of `weight`.
+
+    Source:
+        Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks", section 3.
+
+    Example:
+        >>> magnitude_mask(torch.tensor([0.1, -3.0, 2.0, -0.2]), 0.5)
+        tensor([False,  True,  True, False])
+    """
+    return keep_largest(weight.abs(), sparsity)
+
+
+def global_magnitude_masks(weights: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
+    """Return the masks that remove the smallest ``|w|`` of all tensors ranked together.
+
+    Args:
+        weights: fqn -> tensor; equal magnitudes go in the order of the mapping.
+        sparsity: share of all weights together to remove, 0 <= sparsity <= 1.
+
+    Returns:
+        fqn -> bool, shape and device of its weight.
+
+    Example:
+        >>> masks = global_magnitude_masks({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 0.5)
+        >>> masks["a"], masks["b"]
+        (tensor([False, False]), tensor([True, True]))
+    """
+    removed_count(sparsity, 0)
+    if not weights:
+        return {}
+    device = next(iter(weights.values())).device
+    flat = torch.cat([weight.detach().abs().flatten().to(device) for weight in weights.values()])
+    parts = keep_largest(flat, sparsity).split([weight.numel() for weight in weights.values()])
+    return {
+        fqn: part.view(weight.shape).to(weight.device, copy=True)
+        for (fqn, weight), part in zip(weights.items(), parts, strict=True)
+    }
+
+
+def random_mask(weight: torch.Tensor, sparsity: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Return the mask that removes weights at random, whatever their values.
+
+    Args:
+        weight: any shape; only its shape and device count.
+        sparsity: share to remove, 0 <= sparsity <= 1.
+        generator: source of the choice; a CPU generator gives the same mask on every device.
+
+    Returns:
+        bool, shape of `weight`.
+
+    Example:
+        >>> mask = random_mask(torch.ones(2, 5), 0.3, torch.Generator().manual_seed(0))
+        >>> int((~mask).sum())
+        3
+    """
+    source = generator.device if generator is not None else torch.device("cpu")
+    scores = torch.rand(weight.shape, generator=generator, device=source, dtype=torch.float64)
+    return keep_largest(scores, sparsity).to(weight.device)
+
+
+def n_m_mask(weight: torch.Tensor, n: int, m: int, dim: int = 1) -> torch.Tensor:
+    """Return the mask that keeps the `n` largest ``|w|`` of every `m` consecutive weights along `dim`.
+
+    Args:
+        weight: at least `dim` + 1 dimensions, size along `dim` a multiple of `m`.
+        n: weights kept of each group, 0 < n < m.
+        m: size of a group.
+        dim: dimension the groups lie along; the input dimension is what sparse tensor cores want.
+
+    Returns:
+        bool, shape of `weight`.
+
+    Raises:
+        ConfigError: `n`, `m` or `dim` do not fit the tensor.
+
+    Source:
+        Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 3.
+
+    Example:
+        >>> n_m_mask(torch.tensor([[1.0, -4.0, 3.0, 2.0]]), 2, 4)
+        tensor([[False,  True,  True, False]])
+    """
+    if not 0 < n < m:
+        raise ConfigError(f"N:M needs 0 < N < M, not {n}:{m}")
+    if not -weight.ndim <= dim < weight.ndim:
+        raise ConfigError(f"{n}:{m} along dimension {dim} does not fit a tensor of shape {tuple(weight.shape)}")
+    if weight.shape[dim] % m:
+        raise ConfigError(f"dimension {dim} of shape {tuple(weight.shape)} is not divisible by {m} for {n}:{m}")
+    last = weight.detach().abs().movedim(dim, -1)
+    groups = last.reshape(-1, m)
+    mask = torch.ones_like(groups, dtype=torch.bool)
+    mask.scatter_(1, groups.argsort(dim=1, stable=True)[:, : m - n], value=False)
+    return mask.view(last.shape).movedim(-1, dim).contiguous()
+
+
+def block_mask(weight: torch.Tensor, block: tuple[int, int], sparsity: float) -> torch.Tensor:
+    """Return the mask that removes whole blocks of the matrix ``(out, in * kernel)``, by mean ``|w|``.
+
+    Args:
+        weight: at least 2 dimensions; those after the first count as one.
+        block: rows and columns of a block; both must divide the matrix.
+        sparsity: share of the blocks to remove, 0 <= sparsity <= 1.
+
+    Returns:
+        bool, shape of `weight`.
+
+    Raises:
+        ConfigError: the tensor is no matrix, or the blocks do not tile it.
+
+    Example:
+        >>> block_mask(torch.tensor([[1.0, 1.0, 5.0, 5.0]]), (1, 2), 0.5)
+        tensor([[False, False,  True,  True]])
+    """
+    rows, columns = block
+    if rows < 1 or columns < 1:
+        raise ConfigError(f"a block needs at least one row and column, not {rows}x{columns}")
+    if weight.ndim < 2:
+        raise ConfigError(f"blocks need a matrix, not a tensor of shape {tuple(weight.shape)}")
+    matrix = weight.detach().abs().flatten(1)
+    if matrix.shape[0] % rows or matrix.shape[1] % columns:
+        raise ConfigError(f"{rows}x{columns} blocks do not tile the matrix {tuple(matrix.shape)}")
+    tiles = matrix.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
+    kept = keep_largest(tiles.to(torch.promote_types(tiles.dtype, torch.float32)).mean(dim=(1, 3)), sparsity)
+    return kept[:, None, :, None].expand(tiles.shape).reshape(weight.shape)
+
+
+def threshold_mask(weight: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return the mask that removes ``|w| <= threshold``.
+
+    Args:
+        weight: any shape.
+        threshold: in the units of the weight, >= 0.
+
+    Returns:
+        bool, shape of `weight`.
+
+    Example:
+        >>> threshold_mask(torch.tensor([0.1, -0.5, 0.2]), 0.2)
+        tensor([False,  True, False])
+    """
+    if not threshold >= 0:
+        raise ConfigError(f"threshold must be >= 0, not {threshold}")
+    # Not `abs() > threshold`: a NaN weight must not vanish silently.
+    return ~(weight.detach().abs() <= threshold)
+
+
+def sparsity_of(tensors: Iterable[torch.Tensor]) -> float:
+    """Return the share of exact zeros in all tensors together, 0 for no weights at all.
+
+    Example:
+        >>> sparsity_of([torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0])])
+        0.75
+    """
+    zeros = total = 0
+    for tensor in tensors:
+        total += tensor.numel()
+        zeros += tensor.numel() - int(tensor.count_nonzero())
+    return zeros / total if total else 0.0
