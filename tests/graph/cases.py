@@ -1,0 +1,56 @@
+"""One entry for each registered pass: how the battery makes it and what it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+import torchopt_passes as top
+from tests.models import ZOO, build
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassCase:
+    """How the battery runs one pass.
+
+    Args:
+        make: makes the pass.
+        before: passes that must have run already.
+        models: the zoo models on which it finds something to do.
+        calibrated: whether it needs batches.
+        idempotent: whether a second run finds nothing to do.
+        bad: options that must be refused.
+    """
+
+    make: Callable[[], top.GraphPass]
+    before: tuple[Callable[[], top.GraphPass], ...] = ()
+    models: tuple[str, ...] = tuple(ZOO)
+    calibrated: bool = False
+    bad: tuple[dict[str, object], ...] = field(default=({"no_such_option": 1},))
+
+    def start(self, model: str) -> tuple[fx.GraphModule, top.PassContext]:
+        """Return the captured model with the earlier passes applied, and the context."""
+        source, inputs = build(model)
+        graph_module = top.capture(source, inputs)
+        context = top.PassContext(calibration=[ZOO[model][1](n) for n in (2, 3)])
+        for make in self.before:
+            make()(graph_module, context)
+        return graph_module, context
+
+
+def _prune() -> top.GraphPass:
+    return top.PruneWeights(sparsity=0.5)
+
+
+CASES: dict[str, PassCase] = {
+    "prune_weights": PassCase(
+        make=_prune,
+        bad=({"sparsity": 1.0}, {"sparsity": "0.5"}, {"sparsity": 0.5, "threshold": 0.1}, {"sparsty": 0.5}, {}),
+    ),
+    "pipeline": PassCase(make=lambda: top.Pipeline(_prune()), bad=({"passes": [{"no_such_pass": {}}]},)),
+}
+
+torch.set_num_threads(1)
