@@ -1,1 +1,27 @@
-"""TODO."""
+"""Deployment: one target a file; every artefact is verified against its source before it is put in place."""
+
+from __future__ import annotations
+
+from torchopt_passes.deploy.artifact import Artifact, open_artifact
+from torchopt_passes.deploy.base import Target, targets
+from torchopt_passes.deploy.benchmark import Benchmark, Timing, benchmark
+from torchopt_passes.deploy.export import export
+from torchopt_passes.deploy.inductor import InductorTarget
+from torchopt_passes.deploy.onnx import OnnxTarget
+from torchopt_passes.deploy.size import compressed_size
+from torchopt_passes.deploy.verify import Verification
+
+__all__ = [
+    "Artifact",
+    "Benchmark",
+    "InductorTarget",
+    "OnnxTarget",
+    "Target",
+    "Timing",
+    "Verification",
+    "benchmark",
+    "compressed_size",
+    "export",
+    "open_artifact",
+    "targets",
+]

@@ -1,0 +1,192 @@
+"""A deployed model: a file that runs, reports on itself, and can be verified and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from torchopt_passes.deploy.base import Runner, find_target, target_types
+from torchopt_passes.deploy.benchmark import Benchmark, benchmark
+from torchopt_passes.deploy.calls import call_arguments, named_inputs, run_source
+from torchopt_passes.deploy.metadata import Metadata, TensorSpec
+from torchopt_passes.deploy.size import compressed_size
+from torchopt_passes.deploy.verify import Verification, compare
+from torchopt_passes.errors import ConfigError, ExportError, VerificationError
+
+__all__ = ["Artifact", "open_artifact"]
+
+
+class Artifact:
+    """A model in a file, ready to run; made by `export` and `open_artifact`.
+
+    Call it with tensors by position, or by the names of the source's ``forward`` (a whole batch dict too: inputs that
+    were dropped at export, such as ``labels``, are ignored). It returns a tensor when it has one output, else a dict
+    of tensors by name.
+
+    Args:
+        path: of the file.
+        metadata: what the file says about itself.
+        runner: the loaded file.
+
+    Raises (on a call):
+        ConfigError: an input is missing, unknown, or of the wrong shape or dtype; names it and what is wanted.
+    """
+
+    def __init__(self, path: Path, metadata: Metadata, runner: Runner) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._runner = runner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Run the model (see the class)."""
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            args, kwargs = (), {**cast("Mapping[str, Any]", args[0]), **kwargs}
+        results = self.run(self._ordered(args, kwargs))
+        if len(results) == 1:
+            return results[0]
+        return {spec.name: value for spec, value in zip(self.metadata.outputs, results, strict=True)}
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run on tensors in the order of ``metadata.inputs``, unchecked; returns the outputs in order."""
+        return self._runner(inputs)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, weights that lie in a file beside it included."""
+        beside = self.path.with_name(f"{self.path.name}.data")
+        return self.path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+
+    def report(self) -> dict[str, Any]:
+        """Return what is known of the artefact, for tables: size, precision, layers, inputs, verification, versions."""
+        metadata = self.metadata
+        return {
+            "path": str(self.path),
+            "target": metadata.target,
+            "precision": metadata.precision,
+            "device": metadata.device,
+            "bytes": self.size,
+            "bytes compressed": compressed_size(self.path),
+            "inputs": ", ".join(map(str, metadata.inputs)),
+            "outputs": ", ".join(map(str, metadata.outputs)),
+            "dropped": ", ".join((*metadata.dropped_inputs, *metadata.dropped_outputs)),
+            **metadata.layers,
+            **metadata.facts,
+            **{f"verified {name}": value for name, value in metadata.verification.items()},
+            **{f"version {name}": value for name, value in metadata.versions.items()},
+            "plan": metadata.plan,
+            "note": metadata.note,
+        }
+
+    def benchmark(self, inputs: Any = None, *, runs: int = 50, warmup: int = 5) -> Benchmark:
+        """Time the artefact alone (`torchopt_passes.benchmark` compares several).
+
+        Args:
+            inputs: as for a call; by default made up after ``metadata.inputs``, with batch 1.
+            runs: timed calls.
+            warmup: calls before that.
+        """
+        given = tuple(map(_made_up, self.metadata.inputs)) if inputs is None else inputs
+        return benchmark({self.path.name: self}, given, runs=runs, warmup=warmup)
+
+    def verify(self, module: nn.Module, inputs: Any, *, tolerance: float | None = None) -> Verification:
+        """Compare with the model it came from on one call.
+
+        Args:
+            module: the source; run in eval mode, and untouched.
+            inputs: a call of the source: a tensor, a tuple, a dict, or ``(args, kwargs)``.
+            tolerance: the largest error allowed (see `Verification`).
+
+        Raises:
+            VerificationError: the error is larger; gives the figures.
+        """
+        call = call_arguments(module, inputs)
+        expected = run_source(module, call)
+        missing = [spec.name for spec in self.metadata.outputs if spec.name not in expected]
+        if missing:
+            raise VerificationError(f"{self.path.name}: {type(module).__name__} does not give the outputs {missing}")
+        result = compare(
+            [self.run(self._ordered((), named_inputs(module, call)))],
+            [[expected[spec.name] for spec in self.metadata.outputs]],
+            precision=self.metadata.precision,
+            tolerance=tolerance,
+        )
+        if not result.passed:
+            raise VerificationError(f"{self.path.name} is not what {type(module).__name__} computes: {result}")
+        return result
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(map(str, self.metadata.inputs))
+        outputs = ", ".join(map(str, self.metadata.outputs))
+        kind = f"{self.metadata.target} {self.metadata.precision}"
+        return f"Artifact({str(self.path)!r}, {kind}, {self.size} bytes: {inputs} -> {outputs})"
+
+    def _ordered(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        specs = self.metadata.inputs
+        names = [spec.name for spec in specs]
+        if len(args) > len(specs):
+            raise ConfigError(f"{self.path.name} takes {len(specs)} inputs {names}, not {len(args)}")
+        given = dict(zip(names, args, strict=False))
+        twice = sorted(set(given) & set(kwargs))
+        unknown = sorted(set(kwargs) - set(names) - set(self.metadata.dropped_inputs))
+        given |= kwargs
+        missing = [name for name in names if not isinstance(given.get(name), torch.Tensor)]
+        for problem, wrong in (("given twice", twice), ("unknown", unknown), ("missing or no tensor", missing)):
+            if wrong:
+                raise ConfigError(f"{self.path.name}: {problem}: {wrong}; it takes {', '.join(map(str, specs))}")
+        wrong = [why for spec in specs if (why := spec.problem(given[spec.name]))]
+        if wrong:
+            raise ConfigError(f"{self.path.name}: {'; '.join(wrong)}")
+        return [given[name] for name in names]
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """Open a file that `export` wrote, ready to run.
+
+    An ``.onnx`` file is data. A ``.pt2`` file of the inductor target is machine code: open only what you trust, as with
+    any program; its checksum tells damage, not malice. Nothing is unpickled from either.
+
+    Args:
+        path: of the file; it may have been moved or renamed.
+
+    Raises:
+        ExportError: there is no such file, or it is damaged or not one of ours.
+        ConfigError: the suffix belongs to no target.
+        MissingExtraError: its runtime is not installed.
+
+    Example:
+        >>> open_artifact("model.onnx")
+        Traceback (most recent call last):
+        ...
+        torchopt_passes.errors.ExportError: no file 'model.onnx'
+    """
+    path = Path(path)
+    target = find_target(path)
+    if not path.is_file():
+        raise ExportError(f"no file {str(path)!r}")
+    target.require()
+    metadata = target.read_metadata(path)
+    if metadata.target not in target_types():
+        raise ExportError(f"{path.name} was written for target {metadata.target!r}, which is not known here")
+    return Artifact(path, metadata, target.load(path, metadata))
+
+
+def verified(metadata: Metadata, result: Verification) -> Metadata:
+    """Return the metadata with the figures of a verification."""
+    figures = {name: value for name, value in vars(result).items() if value == value and abs(value) != float("inf")}
+    return replace(metadata, verification=figures)
+
+
+def _made_up(spec: TensorSpec) -> torch.Tensor:
+    sizes = [
+        size if isinstance(size, int) else (1 if size == "batch" else example)
+        for size, example in zip(spec.shape, spec.example, strict=True)
+    ]
+    dtype = cast("torch.dtype", getattr(torch, spec.dtype))
+    if not dtype.is_floating_point:
+        return torch.ones(sizes, dtype=dtype)
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(dtype)

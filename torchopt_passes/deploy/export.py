@@ -1,0 +1,147 @@
+"""From a model to a verified file, in one call."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchopt_passes.deploy.artifact import Artifact, verified
+from torchopt_passes.deploy.base import Runner, Target, make_target
+from torchopt_passes.deploy.calls import call_arguments, resize_batch
+from torchopt_passes.deploy.files import staged
+from torchopt_passes.deploy.metadata import Metadata, library_versions
+from torchopt_passes.deploy.program import Dynamic, Program, read_program
+from torchopt_passes.deploy.verify import Verification, compare
+from torchopt_passes.errors import ExportError, TorchOptError, VerificationError
+from torchopt_passes.graph.plan import Plan
+from torchopt_passes.graph.verify import Inputs
+
+__all__ = ["export"]
+
+
+def export(
+    module: nn.Module,
+    path: str | Path,
+    target: str | Target | None = None,
+    *,
+    example_inputs: Any = None,
+    dynamic: Dynamic = "auto",
+    outputs: Sequence[str] | None = None,
+    verify: bool = True,
+    verify_inputs: Sequence[Any] = (),
+    tolerance: float | None = None,
+    plan: Plan | None = None,
+    note: str = "",
+    **options: Any,
+) -> Artifact:
+    """Write a model to a file of a runtime, verified against the model before the file is put in place.
+
+    The file is made for inference: the model is exported in eval mode, ``loss`` is left out, and so are inputs that
+    only the loss reads (``labels``). The module is left as it was.
+
+    Args:
+        module: an ``nn.Module``, a captured graph, or a graph converted to int8.
+        path: of the file to write; replaced when it exists. Its folder must exist.
+        target: ``"inductor"`` (``.pt2``), ``"onnx"`` (``.onnx``), or one with options, such as
+            ``OnnxTarget(opset=21)``; told from the suffix when left out (see `targets`).
+        example_inputs: a call of the module: a tensor, a tuple of positional arguments, a dict of keyword arguments, or
+            ``(args, kwargs)``. A captured graph remembers its own.
+        dynamic: which sizes stay open: ``"auto"`` is the batch, and the length of integer sequences; False fixes all;
+            a dict gives the dims of each input by name, as ``torch.export`` takes them.
+        outputs: names of the outputs to keep; all but ``loss`` by default.
+        verify: run the file and compare with the module on the example inputs, at batch 1 and at an odd batch too.
+        verify_inputs: more calls to compare on, such as real data.
+        tolerance: the largest error allowed: for float the largest relative error (1e-4 for float32), for int8 the
+            relative norm ``||a - b|| / ||b||`` (0.05, an SQNR of 26 dB).
+        plan: the plan that made the model; its hash goes into the file.
+        note: the user's own words that go into the file, say on preprocessing.
+        **options: of the target, by name.
+
+    Returns:
+        The artefact, loaded.
+
+    Raises:
+        ConfigError: wrong options, example inputs or suffix.
+        MissingExtraError: the target's runtime is not installed.
+        ExportError: the model cannot be exported or written; no file is left.
+        VerificationError: the file does not compute what the module computes; gives the figures and, where the runtime
+            can tell, the first layer that differs. No file is left.
+
+    Example:
+        >>> artifact = export(model, "model.onnx", example_inputs=(x,))  # doctest: +SKIP
+        >>> artifact(x)  # doctest: +SKIP
+    """
+    path = Path(path)
+    chosen = make_target(path, target, options)
+    chosen.require()
+    program = read_program(
+        module, example_inputs, dynamic=dynamic, outputs=tuple(outputs) if outputs is not None else None
+    )
+    metadata = _metadata(chosen, program, plan, note)
+    with staged(path) as draft:
+        metadata = replace(metadata, facts=_write(chosen, program, draft))
+        runner = chosen.load(draft, metadata)
+        if verify:
+            calls = [*_calls(program), *(call_arguments(module, inputs) for inputs in verify_inputs)]
+            metadata = verified(metadata, _verify(chosen, program, draft, runner, calls, tolerance))
+        chosen.stamp(draft, metadata)
+        chosen.read_metadata(draft)
+    return Artifact(path, metadata, runner)
+
+
+def _write(target: Target, program: Program, path: Path) -> dict[str, str]:
+    try:
+        with torch.no_grad():
+            return target.write(program, path)
+    except (TorchOptError, OSError):
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+        raise ExportError(f"target {target.name!r} cannot take {type(program.source).__name__}: {lines[0]}") from error
+
+
+def _calls(program: Program) -> list[Inputs]:
+    """Return the example call, and it at batch 1 and 3 when the batch is open."""
+    if not any("batch" in spec.shape for spec in program.inputs):
+        return [program.example]
+    return [program.example, resize_batch(program.example, 1), resize_batch(program.example, 3)]
+
+
+def _verify(
+    target: Target, program: Program, path: Path, runner: Runner, calls: Sequence[Inputs], tolerance: float | None
+) -> Verification:
+    result = compare(
+        [runner(program.select(call)) for call in calls],
+        [program.expected(call) for call in calls],
+        precision=program.precision,
+        tolerance=tolerance,
+    )
+    if result.passed:
+        return result
+    where = target.first_difference(program, path, program.select(calls[0]), result.tolerance)
+    raise VerificationError(
+        f"the {target.name} file is not what {type(program.source).__name__} computes: {result}"
+        f"{f'; {where}' if where else ''}. No file was written"
+    )
+
+
+def _metadata(target: Target, program: Program, plan: Plan | None, note: str) -> Metadata:
+    return Metadata(
+        target=target.name,
+        precision=program.precision,
+        device=program.device,
+        inputs=program.inputs,
+        outputs=program.outputs,
+        dropped_inputs=program.dropped_inputs,
+        dropped_outputs=program.dropped_outputs,
+        layers=program.layers,
+        versions=library_versions(*target.packages),
+        plan=hashlib.sha256(plan.to_json().encode()).hexdigest() if plan is not None else "",
+        note=note,
+    )

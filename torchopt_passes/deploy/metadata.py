@@ -1,0 +1,132 @@
+"""What an artefact says about itself: inputs, outputs, precision, versions, plan, verification. JSON, strict."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from torchopt_passes.errors import ConfigError, ExportError
+from torchopt_passes.graph.record import Record
+
+__all__ = ["KEY", "Metadata", "TensorSpec", "library_versions"]
+
+KEY = "torchopt_passes"
+_FORMAT = 1
+
+
+class TensorSpec(Record):
+    """One input or output of an artefact.
+
+    Args:
+        name: its name.
+        dtype: such as ``"float32"``.
+        shape: its sizes; a string names a dynamic one, and equal names are equal sizes.
+        example: the sizes it was exported with.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    example: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} ({', '.join(map(str, self.shape))})"
+
+    def problem(self, tensor: torch.Tensor) -> str:
+        """Return what is wrong with a tensor for this place, or ``""``.
+
+        Example:
+            >>> spec = TensorSpec(name="x", dtype="float32", shape=("batch", 3), example=(2, 3))
+            >>> spec.problem(torch.ones(5, 3)), spec.problem(torch.ones(5, 4))
+            ('', 'x: float32 (batch, 3) is wanted, not float32 (5, 4)')
+        """
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        sizes = tuple(tensor.shape)
+        fits = len(sizes) == len(self.shape) and all(
+            isinstance(want, str) or want == size for want, size in zip(self.shape, sizes, strict=False)
+        )
+        if fits and dtype == self.dtype:
+            return ""
+        return f"{self} is wanted, not {dtype} ({', '.join(map(str, sizes))})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Everything an artefact carries about itself.
+
+    Args:
+        target: the target's name.
+        precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``.
+        device: where it runs: ``"cpu"`` or ``"cuda"``.
+        inputs: in order.
+        outputs: in order.
+        dropped_inputs: inputs of the source that only dropped outputs read, such as ``labels``: accepted, and ignored.
+        dropped_outputs: outputs of the source that were left out, such as ``loss``.
+        layers: how many convolutions, linears and matmuls run quantized and in float, by kind.
+        facts: what the target found out while writing, by name.
+        verification: the figures of the comparison with the source.
+        versions: of Python, torch and the libraries that wrote it.
+        plan: SHA-256 of the plan that made the model, or ``""``.
+        note: the user's own words, say on preprocessing.
+    """
+
+    target: str
+    precision: str
+    device: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dropped_inputs: tuple[str, ...] = ()
+    dropped_outputs: tuple[str, ...] = ()
+    layers: dict[str, int] = field(default_factory=dict[str, int])
+    facts: dict[str, str] = field(default_factory=dict[str, str])
+    verification: dict[str, float | str] = field(default_factory=dict[str, "float | str"])
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    plan: str = ""
+    note: str = ""
+
+    def to_json(self) -> str:
+        """Return the metadata as JSON."""
+        data = dict(vars(self))
+        for name in ("inputs", "outputs"):
+            data[name] = [spec.to_dict() for spec in data[name]]
+        return json.dumps({"format": _FORMAT, **data}, allow_nan=False, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Metadata:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ExportError: it is not JSON, of another format, or a field is missing or unknown.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data.pop("format") != _FORMAT:
+                raise ValueError("written by another version of torchopt_passes")
+            for name in ("inputs", "outputs"):
+                data[name] = tuple(TensorSpec.from_dict(spec) for spec in data[name])
+            for name in ("dropped_inputs", "dropped_outputs"):
+                data[name] = tuple(str(item) for item in data[name])
+            return cls(**data)
+        except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise ExportError(f"the artefact's metadata cannot be read: {error!r}") from error
+
+
+def library_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python, torch, torchopt_passes and `packages` by name; what is not installed is left out.
+
+    Example:
+        >>> library_versions()["torch"] == torch.__version__
+        True
+    """
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for package in ("torchopt_passes", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

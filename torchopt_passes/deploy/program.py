@@ -1,0 +1,218 @@
+"""What is deployed, in the one form every target reads: an exported inference program, and its source."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from torchopt_passes.deploy.calls import (
+    batch_size,
+    call_arguments,
+    eval_mode,
+    named_inputs,
+    resize_batch,
+    run_source,
+    without_cache,
+)
+from torchopt_passes.deploy.layers import count_layers, is_quantized
+from torchopt_passes.deploy.metadata import TensorSpec
+from torchopt_passes.errors import ConfigError, ExportError, TorchOptError
+from torchopt_passes.graph.inference import to_inference
+from torchopt_passes.graph.verify import Inputs
+
+__all__ = ["Dynamic", "Program", "read_program"]
+
+Dynamic = bool | str | Mapping[str, Any]
+"""``"auto"``, False (all sizes fixed), or the dynamic dims of each input by name, as ``torch.export`` takes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A model ready to be written by a target.
+
+    Args:
+        source: the module that the artefact must equal.
+        exported: the inference program: tensors by position in, a tuple of tensors out.
+        example: a call of the source, as ``(args, kwargs)``.
+        inputs: the program's inputs, in order.
+        outputs: the program's outputs, in order.
+        dropped_inputs: inputs of the source that the kept outputs do not depend on.
+        dropped_outputs: outputs of the source that were left out.
+        precision: ``"int8"`` or the dtype of the weights.
+        device: ``"cpu"`` or ``"cuda"``.
+        layers: how many layers are quantized and how many float, by kind.
+    """
+
+    source: nn.Module
+    exported: ExportedProgram
+    example: Inputs
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dropped_inputs: tuple[str, ...]
+    dropped_outputs: tuple[str, ...]
+    precision: str
+    device: str
+    layers: dict[str, int]
+
+    def select(self, call: Inputs) -> list[torch.Tensor]:
+        """Return the tensors of a call of the source that the program takes, in order."""
+        named = named_inputs(self.source, call)
+        return [named[spec.name] for spec in self.inputs]
+
+    def expected(self, call: Inputs) -> list[torch.Tensor]:
+        """Run the source in eval mode on a call, and return the outputs that the program keeps, in order."""
+        named = run_source(self.source, call)
+        return [named[spec.name] for spec in self.outputs]
+
+
+def read_program(
+    module: nn.Module, example_inputs: Any = None, *, dynamic: Dynamic = "auto", outputs: tuple[str, ...] | None = None
+) -> Program:
+    """Export a module, captured graph or converted graph for inference; it is left as it was.
+
+    Args:
+        module: what to deploy.
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or ``(args, kwargs)``;
+            may be left out for a captured graph, which remembers its own.
+        dynamic: ``"auto"`` leaves open the batch (dim 0 of every tensor, when all agree) and the length of integer
+            sequences (dim 1 of integer tensors); image sizes stay fixed, for speed. False fixes everything.
+        outputs: which outputs to keep; all but ``loss`` when None.
+
+    Raises:
+        ConfigError: example inputs are missing or do not fit the module's ``forward``.
+        ExportError: ``torch.export`` cannot trace the module.
+    """
+    call = call_arguments(module, example_inputs)
+    roomy = _of_batch_two(call) if dynamic == "auto" else call
+    try:
+        program = _read(module, roomy, dynamic, outputs)
+    except TorchOptError:
+        if roomy is call:
+            raise
+    else:
+        if roomy is call or any("batch" in spec.shape for spec in program.inputs):
+            return program
+    # torch.export fixes dims of size 1, so a batch of one was doubled; a model with a fixed batch gets its own again
+    return _read(module, call, dynamic, outputs)
+
+
+def _read(module: nn.Module, call: Inputs, dynamic: Dynamic, outputs: tuple[str, ...] | None) -> Program:
+    # one object passed twice would be taken for one input
+    call = cast("Inputs", pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), call))
+    graph = module if isinstance(module, fx.GraphModule) else _trace(module, call, dynamic)
+    inference = to_inference(graph, outputs)
+    named = named_inputs(module, call)
+    names: tuple[str, ...] = inference.meta["input_names"]
+    tensors = tuple(named.get(name) for name in names)
+    for name, tensor in zip(names, tensors, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError(
+                f"input {name!r} of {type(module).__name__} needs an example tensor; given: {sorted(named)}"
+            )
+    examples = cast("tuple[torch.Tensor, ...]", tensors)
+    shapes = tuple(_dims(name, tensor, batch_size(call), dynamic) for name, tensor in zip(names, examples, strict=True))
+    exported = _export(inference, examples, {}, shapes, type(module).__name__)
+    nodes = exported.graph.find_nodes(op="placeholder")[-len(names) :]
+    (output,) = exported.graph.find_nodes(op="output")
+    results = run_source(module, call)
+    symbols: dict[str, str] = {}
+    kept: tuple[str, ...] = inference.meta["output_names"]
+    devices = {tensor.device.type for tensor in examples}
+    return Program(
+        source=module,
+        exported=exported,
+        example=call,
+        inputs=tuple(
+            _spec(name, node, tensor, symbols) for name, node, tensor in zip(names, nodes, examples, strict=True)
+        ),
+        outputs=tuple(
+            _spec(name, node, results[name], symbols) for name, node in zip(kept, output.args[0], strict=True)
+        ),
+        dropped_inputs=inference.meta["dropped_inputs"],
+        dropped_outputs=inference.meta["dropped_outputs"],
+        precision="int8" if is_quantized(inference) else _float_dtype(inference),
+        device="cuda" if "cuda" in devices else "cpu",
+        layers=count_layers(inference),
+    )
+
+
+def _trace(module: nn.Module, call: Inputs, dynamic: Dynamic) -> fx.GraphModule:
+    signature = inspect.signature(module.forward)
+    batch = batch_size(call)
+    shapes = {
+        name: pytree.tree_map_with_path(
+            lambda path, leaf, name=name: _dims(_leaf_name(name, path), leaf, batch, dynamic), value
+        )
+        for name, value in signature.bind(*call[0], **call[1]).arguments.items()
+    }
+    with eval_mode(module), without_cache(module):
+        exported = _export(module, call[0], call[1], shapes, type(module).__name__)
+    return exported.module(check_guards=False)
+
+
+def _leaf_name(name: str, path: Any) -> str:
+    """Return the name `leaf_names` gives to the leaf at `path` of the argument `name`."""
+    return "_".join([name, *(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)])
+
+
+def _export(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, name: str
+) -> ExportedProgram:
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+        raise ExportError(
+            f"torch.export cannot trace {name}: {lines[0]}. Ways out: dynamic=False, other example inputs, or "
+            "deploying a submodule"
+        ) from error
+
+
+def _dims(name: str, value: Any, batch: int | None, dynamic: Dynamic) -> dict[int, Any] | None:
+    """Return the dynamic dims of one input as ``torch.export`` takes them."""
+    if not isinstance(value, torch.Tensor) or dynamic is False:
+        return None
+    if isinstance(dynamic, Mapping):
+        return dynamic.get(name)
+    if dynamic is not True and dynamic != "auto":
+        raise ConfigError(f'dynamic is "auto", False or a dict of dims by input name, not {dynamic!r}')
+    dims: dict[int, Any] = {}
+    if value.ndim > 0 and value.shape[0] == batch:
+        dims[0] = Dim.AUTO
+    if value.ndim > 1 and not value.is_floating_point():
+        dims[1] = Dim.AUTO
+    return dims
+
+
+def _of_batch_two(call: Inputs) -> Inputs:
+    return resize_batch(call, 2) if batch_size(call) == 1 else call
+
+
+def _spec(name: str, node: Any, example: torch.Tensor, symbols: dict[str, str]) -> TensorSpec:
+    """Describe an input or output; symbols get readable names: batch, then the input's own (``input_ids_1``)."""
+    shape: list[int | str] = []
+    for dim, size in enumerate(node.meta["val"].shape):
+        if isinstance(size, int):
+            shape.append(size)
+            continue
+        default = "batch" if dim == 0 and "batch" not in symbols.values() else f"{name}_{dim}"
+        shape.append(symbols.setdefault(str(size), default))
+    return TensorSpec(
+        name=name,
+        dtype=str(example.dtype).removeprefix("torch."),
+        shape=tuple(shape),
+        example=tuple(example.shape),
+    )
+
+
+def _float_dtype(module: nn.Module) -> str:
+    dtypes = [p.dtype for p in module.state_dict().values() if p.is_floating_point()]
+    return str(dtypes[0] if dtypes else torch.float32).removeprefix("torch.")
