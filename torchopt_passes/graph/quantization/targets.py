@@ -1,0 +1,176 @@
+"""What each deployment target runs in int8: one table for each, read by the annotation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from torchopt_passes.errors import ConfigError
+
+__all__ = ["FUSED_ACTIVATIONS", "KINDS", "TARGETS", "Operands", "Target", "get_target"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Where the operands of a matrix operation lie among its arguments.
+
+    Args:
+        kind: the word a target's table uses.
+        activation: position of the input.
+        weight: position of the weight, or of the second input.
+        channel_dim: the weight's output dimension (negative: from the end).
+        bias: position of the bias, None when it has none.
+    """
+
+    kind: str
+    activation: int = 0
+    weight: int = 1
+    channel_dim: int = 0
+    bias: int | None = 2
+
+
+KINDS: dict[object, Operands] = {
+    aten.conv1d.default: Operands("conv1d"),
+    aten.conv1d.padding: Operands("conv1d"),
+    aten.conv2d.default: Operands("conv2d"),
+    aten.conv2d.padding: Operands("conv2d"),
+    aten.conv3d.default: Operands("conv3d"),
+    aten.conv3d.padding: Operands("conv3d"),
+    aten.conv_transpose1d.default: Operands("conv_transpose", channel_dim=1),
+    aten.conv_transpose2d.input: Operands("conv_transpose", channel_dim=1),
+    aten.conv_transpose3d.input: Operands("conv_transpose", channel_dim=1),
+    aten.convolution.default: Operands("convolution"),
+    aten.linear.default: Operands("linear"),
+    aten.addmm.default: Operands("addmm", activation=1, weight=2, channel_dim=-1, bias=0),
+    aten.mm.default: Operands("matmul", channel_dim=-1, bias=None),
+    aten.matmul.default: Operands("matmul", channel_dim=-1, bias=None),
+    aten.bmm.default: Operands("matmul", channel_dim=-1, bias=None),
+    aten.baddbmm.default: Operands("baddbmm", activation=1, weight=2, channel_dim=-1, bias=0),
+    aten.mv.default: Operands("mv", bias=None),
+    aten.einsum.default: Operands("einsum", activation=1, weight=1, bias=None),
+    aten.bilinear.default: Operands("bilinear"),
+    aten.scaled_dot_product_attention.default: Operands("attention", bias=None),
+    aten.lstm.input: Operands("recurrent", bias=None),
+    aten.lstm.data: Operands("recurrent", bias=None),
+    aten.gru.input: Operands("recurrent", bias=None),
+    aten.gru.data: Operands("recurrent", bias=None),
+    aten.rnn_tanh.input: Operands("recurrent", bias=None),
+    aten.rnn_tanh.data: Operands("recurrent", bias=None),
+    aten.rnn_relu.input: Operands("recurrent", bias=None),
+    aten.rnn_relu.data: Operands("recurrent", bias=None),
+}
+"""Every matrix operation of the ATen training dialect: each is reported as int8, or as float with the reason."""
+
+FUSED_ACTIVATIONS: frozenset[object] = frozenset(
+    {
+        aten.relu.default,
+        aten.relu6.default,
+        aten.hardtanh.default,
+        aten.clamp.default,
+        aten.clamp_min.default,
+    }
+)
+"""Activations that a rounded output absorbs: it is rounded behind them, not before."""
+
+_VIEWS: frozenset[object] = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.slice.Tensor,
+    }
+)
+_MAX_POOLS: frozenset[object] = frozenset(
+    {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default}
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one runtime computes in int8.
+
+    Args:
+        name: as in ``InsertFakeQuant(target=...)``.
+        int8: kinds of operations with an int8 kernel.
+        no_kernel: kinds it lacks -> the reason that the report gives.
+        dynamic_matmul: whether a matrix product of two activations has an int8 kernel.
+        rounded_outputs: kinds whose int8 kernel needs its output rounded too.
+        rounded_adds: which operands of the residual sum behind a convolution are rounded: both, or only the one
+            that is not the convolution (which adds it to its accumulator).
+        follow: operations that move rounded values without leaving the grid: their results share its scale.
+        fold_weights: whether converted weights are stored as integers (else rounded in the graph).
+    """
+
+    name: str
+    int8: frozenset[str]
+    no_kernel: dict[str, str]
+    dynamic_matmul: bool
+    rounded_outputs: frozenset[str]
+    rounded_adds: Literal["both", "other"]
+    follow: frozenset[object] = field(repr=False)
+    fold_weights: bool = True
+
+
+_COMMON = {
+    "conv_transpose": "has no int8 kernel for transposed convolutions",
+    "convolution": "has no int8 kernel for the general convolution operator",
+    "baddbmm": "has no int8 kernel for baddbmm",
+    "mv": "has no int8 kernel for matrix-vector products",
+    "einsum": "has no int8 kernel for einsum",
+    "bilinear": "has no int8 kernel for bilinear",
+    "attention": "runs scaled_dot_product_attention as one float kernel",
+    "recurrent": "has no static int8 kernel for recurrent layers",
+}
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        # x86 inductor: oneDNN qconv / qlinear with float accumulator outputs and fused sums
+        Target(
+            name="inductor",
+            int8=frozenset({"conv1d", "conv2d", "linear", "addmm", "matmul"}),
+            no_kernel=_COMMON | {"conv3d": "has no int8 kernel for 3-D convolutions"},
+            dynamic_matmul=False,
+            rounded_outputs=frozenset(),
+            rounded_adds="other",
+            follow=_MAX_POOLS | {aten.flatten.using_ints, aten.cat.default},
+        ),
+        # ONNX Runtime: QLinearConv exists with an int8 output alone; MatMul may return float
+        Target(
+            name="onnx",
+            int8=frozenset({"conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul"}),
+            no_kernel=_COMMON,
+            dynamic_matmul=True,
+            rounded_outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
+            rounded_adds="both",
+            follow=_MAX_POOLS | _VIEWS,
+        ),
+    )
+}
+
+
+def get_target(name: str) -> Target:
+    """Return a target's table.
+
+    Raises:
+        ConfigError: no target has that name; lists those that exist.
+
+    Example:
+        >>> get_target("onnx").rounded_adds
+        'both'
+    """
+    if name not in TARGETS:
+        raise ConfigError(f"no quantization target is named {name!r}; known: {sorted(TARGETS)}")
+    return TARGETS[name]
