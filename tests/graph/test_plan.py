@@ -119,7 +119,13 @@ def test_float_mask_is_refused() -> None:
         top.MaskWeights(target="x", reason="", mask=torch.ones(2))
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=8))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+        max_leaves=8,
+    )
+)
 def test_any_json_is_refused_with_a_plan_error(document: Any) -> None:
     with pytest.raises(top.PlanError):
         top.Plan.from_json(json.dumps(document))

@@ -44,7 +44,12 @@ def test_global_ranks_all_weights_together() -> None:
     assert sum(map(zeros, weights)) == int(0.5 * total + 0.5) and zeros(weights[-1]) == 0
     kept = torch.cat([w[w != 0].abs().flatten() for w in weights])
     model2, _ = build("conv_residual")
-    gone = torch.cat([model2.get_parameter(f"{n}.weight")[w == 0].abs() for n, w in zip(("stem", "conv", "depthwise"), weights, strict=False)])
+    gone = torch.cat(
+        [
+            model2.get_parameter(f"{n}.weight")[w == 0].abs()
+            for n, w in zip(("stem", "conv", "depthwise"), weights, strict=False)
+        ]
+    )
     assert kept.min() >= gone.max()
 
 
