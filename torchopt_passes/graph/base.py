@@ -80,7 +80,7 @@ class GraphPass(Record):
 
     A subclass is a frozen keyword-only dataclass by itself, is named by a verb phrase, registers itself under the
     snake_case of its name, and writes `plan`. It may refine the proof through `claim`, `tolerance`, `proof_dtype`,
-    `reference_state` and `proving`.
+    `reference_state`, `referring` and `proving`.
 
     The order of one call: plan; apply the plan's edits; lint and recompile; run before and after on the same inputs
     and compare. Whatever goes wrong, the module is as it was before.
@@ -110,6 +110,11 @@ class GraphPass(Record):
         """Return tensors by fqn with which the module *before* must give the outputs *after* (none: its own)."""
         del graph_module, plan
         return {}
+
+    def referring(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
+        """Return the context in which the module *before* is run for the proof (fake-quant on, say)."""
+        del graph_module
+        return nullcontext()
 
     def proving(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
         """Return the context in which the module *after* is run for the proof (fake-quant off, say)."""
@@ -181,7 +186,8 @@ class GraphPass(Record):
             return Proof(claim=self.claim, status="unproven", detail=why)
         state = {name: value.clone() for name, value in self.reference_state(graph_module, plan).items()}
         dtype, tolerance = self._precision(graph_module)
-        expected = evaluate(graph_module, inputs, dtype=dtype, state=state)
+        with self.referring(graph_module):
+            expected = evaluate(graph_module, inputs, dtype=dtype, state=state)
         plan.apply(graph_module)
         with self.proving(graph_module):
             actual = evaluate(graph_module, inputs, dtype=dtype)
@@ -194,7 +200,8 @@ class GraphPass(Record):
             evaluate(graph_module, inputs, dtype=dtype, record=after)
         snapshot.restore()
         before: dict[str, Any] = {}
-        evaluate(graph_module, inputs, dtype=dtype, state=state, record=before)
+        with self.referring(graph_module):
+            evaluate(graph_module, inputs, dtype=dtype, state=state, record=before)
         where = first_difference(before, after, graph_module.graph, tolerance)
         failed = Proof(claim=self.claim, status="failed", error=error, tolerance=tolerance, detail=where)
         raise ProofError(f"{self.name}: {failed}; rolled back")
