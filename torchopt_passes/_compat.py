@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-__all__ = ["aoti_compile", "aoti_load", "flat_inputs", "output_spec"]
+__all__ = ["aoti_compile", "aoti_load", "calling_trainer", "causal_loss_types", "flat_inputs", "output_spec"]
 
 
 def flat_inputs(graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -40,11 +41,17 @@ def output_spec(graph_module: fx.GraphModule) -> pytree.TreeSpec | None:
 def aoti_compile(exported: ExportedProgram, path: Path, options: dict[str, Any]) -> None:
     """Compile a program ahead of time into a ``.pt2`` package; `options` are inductor's, for this call only.
 
-    The documented entry point of AOTInductor lies in a private module.
+    The documented entry point of AOTInductor lies in a private module. It warns of its own code, which no user can
+    change: of ``torch.jit`` when it is imported, and of a copy that lowering int8 weights makes.
     """
-    import torch._inductor
+    import warnings
 
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script_method", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="To copy construct from a tensor", category=UserWarning)
+        import torch._inductor
+
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
 
 
 def aoti_load(path: Path) -> Any:
@@ -52,3 +59,28 @@ def aoti_load(path: Path) -> Any:
     import torch._inductor
 
     return torch._inductor.aoti_load_package(str(path))
+
+
+def calling_trainer() -> Any | None:
+    """Return the Hugging Face Trainer that is firing the current callback event, or None.
+
+    Callbacks get neither the Trainer nor the batches, but only the Trainer counts the labels of all micro-batches of a
+    step (``num_items_in_batch``), and only if its ``model_accepts_loss_kwargs`` says so. It is in the frames above.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if any(c.__module__ == "transformers.trainer" and c.__name__ == "Trainer" for c in type(owner).__mro__):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def causal_loss_types() -> frozenset[str]:
+    """Return the values of a Transformers model's ``loss_type`` that shift the labels by one.
+
+    The Trainer counts the labels of a step by this table; the counts must agree to the last label.
+    """
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    return frozenset(name for name, loss in LOSS_MAPPING.items() if loss is ForCausalLMLoss)

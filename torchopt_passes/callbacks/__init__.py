@@ -1,1 +1,1 @@
-"""TODO."""
+"""The training side: one class a file, one object for every loop."""

@@ -1,0 +1,167 @@
+"""attach: callbacks in a training loop of your own, and in Accelerate's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
+from torchopt_passes.callbacks.student import Student
+from torchopt_passes.errors import CallbackError
+
+__all__ = ["Session", "attach"]
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    callbacks: Iterable[Lifecycle],
+    *,
+    total_steps: int | None = None,
+) -> Session:
+    """Return a session that runs the callbacks while the optimizer trains the model.
+
+    Steps are counted by the optimizer itself, so gradient accumulation and skipped fp16 steps count right.
+    Attach before a checkpoint is loaded: masks are loaded with the model's state_dict.
+
+    Args:
+        model: the student, wrapped in DistributedDataParallel or not.
+        optimizer: the one that trains it; Accelerate's wrapper will do.
+        callbacks: such as `GradualPruning`; their order does not matter.
+        total_steps: optimizer steps of the whole run; moments given as shares of training need it.
+
+    Returns:
+        The session, a context manager; it is active at once, and leaving it removes the callbacks.
+
+    Raises:
+        CallbackError: a callback is in use, or the optimizer does not train this model.
+
+    Example:
+        A loop, and how it resumes:
+
+        ```python
+        with top.attach(model, optimizer, callbacks, total_steps=1000) as session:
+            if resume:                            # after attach
+                model.load_state_dict(...); optimizer.load_state_dict(...)
+                session.load_state_dict(...)      # {"step": ...}
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        ```
+
+        Accelerate:
+
+        ```python
+        session = top.attach(model, optimizer, callbacks, total_steps=1000)   # before or after prepare
+        accelerator.register_for_checkpointing(session)
+        ...
+        session.close()
+        ```
+    """
+    return Session(model, optimizer, callbacks, total_steps=total_steps)
+
+
+class Session:
+    """Callbacks at work on one model and one optimizer; made by `attach`.
+
+    Args:
+        model: see `attach`.
+        optimizer: see `attach`.
+        callbacks: see `attach`.
+        total_steps: see `attach`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        callbacks: Iterable[Lifecycle],
+        *,
+        total_steps: int | None = None,
+    ) -> None:
+        self.callbacks = tuple(callbacks)
+        self.total_steps = total_steps
+        self.step = 0
+        """Optimizer steps completed."""
+        self._student = Student.of(model)
+        self._handle: RemovableHandle | None = None
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper forwards `step` to the real one
+        self.optimizer = optimizer
+        self._check()
+        try:
+            for callback in self.callbacks:
+                self._student.join(callback)
+            self._handle = optimizer.register_step_post_hook(self._stepped)
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def progress(self) -> Progress:
+        """Where training is."""
+        return Progress(self.step, self.total_steps)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the callbacks have to log, over the time since the last call."""
+        return {name: value for callback in self.callbacks for name, value in callback.metrics().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs beside the model and the optimizer: the step."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CallbackError: it is not the state of a session.
+        """
+        step = state_dict.get("step")
+        if set(state_dict) != {"step"} or not isinstance(step, int) or step < 0:
+            raise CallbackError(f"not the state of a session, which is {{'step': int}}: {state_dict!r}")
+        self.step = step
+        self._start()
+
+    def close(self) -> None:
+        """Remove the callbacks and hooks; safe to call again."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        for callback in self.callbacks:
+            self._student.leave(callback)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        if self.total_steps is not None and self.total_steps < 1:
+            raise CallbackError(f"total_steps must be at least 1, not {self.total_steps}")
+        if len(set(map(id, self.callbacks))) != len(self.callbacks):
+            raise CallbackError("the same callback is given twice")
+        busy = [type(c).__name__ for c in self.callbacks if c.student is not None]
+        if busy or self._student.callbacks:
+            names = busy or [type(c).__name__ for c in self._student.callbacks]
+            raise CallbackError(f"{', '.join(names)} at work already: close() that session or callback first")
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in trained for p in self._student.model.parameters()):
+            raise CallbackError("the optimizer holds no parameter of this model: make it from model.parameters()")
+
+    def _start(self) -> None:
+        for callback in self.callbacks:
+            callback.begin(self.progress)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.step += 1
+        for callback in self.callbacks:
+            callback.after_step(self.progress)

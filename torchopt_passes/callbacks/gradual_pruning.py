@@ -1,0 +1,248 @@
+"""GradualPruning: weights go to zero little by little while the rest learns to do without them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from torchopt_passes.callbacks.base import Callback
+from torchopt_passes.callbacks.lifecycle import Progress, When, check_when
+from torchopt_passes.callbacks.student import Student
+from torchopt_passes.callbacks.targets import Target, choose_targets
+from torchopt_passes.errors import CallbackError, ConfigError
+from torchopt_passes.functional.masks import (
+    block_mask,
+    global_magnitude_masks,
+    keep_largest,
+    magnitude_mask,
+    n_m_mask,
+    removed_count,
+)
+from torchopt_passes.functional.schedules import Ramp, Shape, named_shape
+from torchopt_passes.graph.edit import Skip
+from torchopt_passes.graph.pruning.prune_weights import parse_pattern
+
+__all__ = ["GradualPruning"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class GradualPruning(Callback):
+    """Raise the share of zero weights from `initial_sparsity` to `sparsity` along a schedule, by smallest magnitude.
+
+    Each weight gets a bool buffer ``<name>_mask`` beside it (True: kept), so that a checkpoint holds the masks and a
+    resumed run goes on exactly. After each optimizer step the removed weights are set to zero again. At the
+    end the buffers go and the zeros stay; the names of the weights never change.
+
+    Args:
+        sparsity: share of the weights that is zero from the last update on, 0 < sparsity < 1; for ``"N:M"`` patterns
+            leave it out, it is 1 - N/M.
+        start: first update, as a share of training (float) or completed steps (int).
+        end: last update, likewise; what remains is for recovery.
+        every: steps between updates; None spreads 100 updates.
+        schedule: ``"cubic"``, ``"linear"``, ``"cosine"``, ``"constant"``, or a function from progress in [0,
+            1] to the share of the way in [0, 1].
+        initial_sparsity: share at the first update.
+        scope: ``"tensor"`` reaches the share in each weight; ``"global"`` ranks all weights together.
+        pattern: ``""`` for single weights; ``"N:M"``, reached gradually, the N largest of every M along the
+            input dimension are never removed; ``"block RxC"`` for whole blocks.
+        include: globs on parameter or module names; empty for every matrix weight.
+        skip: globs on names to leave alone.
+
+    Math:
+        s_t = s_f + (s_i - s_f) (1 - (t - t0) / (n dt))^3 for t in {t0, t0 + dt, ..., t0 + n dt}, s_f afterwards.
+
+    Source:
+        Zhu and Gupta 2017, "To prune, or not to prune", equation 1.
+
+    Example:
+        ```python
+        pruning = top.GradualPruning(sparsity=0.8, start=0.1, end=0.7, skip=("classifier",))
+        Trainer(model, args, train_dataset=data, callbacks=[pruning]).train()
+        ```
+    """
+
+    sparsity: float | None = None
+    start: When = 0.1
+    end: When = 0.7
+    every: int | None = None
+    schedule: str | Shape = "cubic"
+    initial_sparsity: float = 0.0
+    scope: Literal["tensor", "global"] = "tensor"
+    pattern: str = ""
+    include: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+    skips: tuple[Skip, ...] = field(default=(), init=False, repr=False)
+    """Parameters that are left alone, with the reason; filled when the callback is installed."""
+    _targets: tuple[Target, ...] = field(default=(), init=False, repr=False)
+    _ramp: Ramp | None = field(default=None, init=False, repr=False)
+    _unverified: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse options that are wrong in any training."""
+        check_when(self.start, "start")
+        check_when(self.end, "end")
+        self._shape = named_shape(self.schedule)
+        self._kind, self._numbers = parse_pattern(self.pattern)
+        if self._kind == "n:m":
+            share = 1.0 - self._numbers[0] / self._numbers[1]
+            if self.sparsity not in (None, share):
+                raise ConfigError(f"the sparsity of {self.pattern} is {share}, not {self.sparsity}: leave sparsity out")
+            self.sparsity = share
+        if self.sparsity is None or not 0.0 < self.sparsity < 1.0:
+            raise ConfigError(f"sparsity must be in (0, 1), not {self.sparsity}")
+        if not 0.0 <= self.initial_sparsity <= self.sparsity:
+            raise ConfigError(f"initial_sparsity must be in [0, sparsity], not {self.initial_sparsity}")
+        if self.scope not in ("tensor", "global"):
+            raise ConfigError(f'scope must be "tensor" or "global", not {self.scope!r}')
+        if self.pattern and self.scope == "global":
+            raise ConfigError('a pattern works on each weight by itself: scope must be "tensor"')
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"every must be at least 1 step, not {self.every}")
+
+    @property
+    def fqns(self) -> tuple[str, ...]:
+        """Names of the weights under a mask."""
+        return tuple(target.fqn for target in self._targets)
+
+    def install(self, student: Student) -> None:
+        """Choose the weights and put a mask that keeps everything beside each."""
+        targets, skips = choose_targets(student.model, self.include, self.skip)
+        kept: list[Target] = []
+        for target in targets:
+            try:
+                self._mask(target, self._final)
+            except ConfigError as error:
+                skips = (*skips, Skip(target=target.fqn, reason=str(error)))
+                continue
+            student.claim(target.fqn, self)
+            _check_name_free(target)
+            kept.append(target)
+        if not kept:
+            raise ConfigError(f"pattern {self.pattern!r} fits no weight: {skips[-1].target}: {skips[-1].reason}")
+        for target in kept:
+            mask = torch.ones_like(target.weight, dtype=torch.bool, requires_grad=False)
+            target.owner.register_buffer(target.mask_name, mask)
+        self._targets, self.skips = tuple(kept), skips
+
+    def begin(self, progress: Progress) -> None:
+        """Place the schedule on the steps of this run."""
+        start, end = progress.steps(self.start), progress.steps(self.end)
+        if progress.total_steps is not None and end > progress.total_steps:
+            raise CallbackError(f"the last update is at step {end}, but training ends at step {progress.total_steps}")
+        every = self.every or max(1, (end - start) // 100)
+        self._ramp = Ramp(
+            initial=self.initial_sparsity, final=self._final, start=start, end=end, every=every, shape=self._shape
+        )
+        self._unverified = True
+        if progress.step == 0 and self._ramp.is_update(0):
+            self._update(self._ramp.at(0))
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """Remove more weights if an update is due, and zero those removed so far."""
+        if self._ramp is None:
+            raise CallbackError("GradualPruning got a step before training began")
+        if self._unverified:
+            self._verify(self._ramp, progress.step - 1)
+            self._unverified = False
+        if self._ramp.is_update(progress.step):
+            self._update(self._ramp.at(progress.step))
+        self._apply()
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``sparsity``: the share of the managed weights that is removed."""
+        total = sum(target.weight.numel() for target in self._targets)
+        return {"sparsity": self._removed() / total} if total else {}
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Take the masks away; the zeros stay."""
+        if self._ramp is not None and self._targets:
+            self._apply()
+            self._tell_if_short()
+        for target in self._targets:
+            delattr(target.owner, target.mask_name)
+        self._targets, self._ramp = (), None
+
+    @property
+    def _final(self) -> float:
+        return self.sparsity or 0.0
+
+    def _update(self, sparsity: float) -> None:
+        if self.scope == "global":
+            found = global_magnitude_masks({t.fqn: t.weight for t in self._targets}, sparsity)
+        else:
+            found = {target.fqn: self._mask(target, sparsity) for target in self._targets}
+        for target in self._targets:
+            _buffer(target).copy_(found[target.fqn])
+        with torch.no_grad():
+            self._apply()
+
+    def _mask(self, target: Target, sparsity: float) -> torch.Tensor:
+        weight = target.weight.detach()
+        if self._kind == "block":
+            return block_mask(weight, (self._numbers[0], self._numbers[1]), sparsity)
+        if self._kind == "n:m":
+            if target.input_dim is None:
+                raise ConfigError("its uses do not agree on one input dimension for N:M")
+            # Only what the pattern would remove may go, smallest first; at the final share that is the pattern.
+            protected = n_m_mask(weight, *self._numbers, dim=target.input_dim)
+            return keep_largest(weight.abs().masked_fill(protected, torch.inf), sparsity)
+        return magnitude_mask(weight, sparsity)
+
+    def _apply(self) -> None:
+        for target in self._targets:
+            target.weight.masked_fill_(~_buffer(target), 0)
+
+    def _removed(self) -> int:
+        return sum(int((~_buffer(target)).sum()) for target in self._targets)
+
+    def _expected(self, sparsity: float) -> int:
+        """Return how many weights a share removes, all weights together, by the rules of the masks."""
+        sizes = [target.weight.numel() for target in self._targets]
+        if self.scope == "global":
+            return removed_count(sparsity, sum(sizes))
+        block = self._numbers[0] * self._numbers[1] if self._kind == "block" else 1
+        return sum(block * removed_count(sparsity, size // block) for size in sizes)
+
+    def _verify(self, ramp: Ramp, step: int) -> None:
+        """Refuse to go on from a checkpoint whose masks were not loaded: the weights would silently grow back."""
+        expected = self._expected(ramp.at(step)) if ramp.last_update(step) is not None else 0
+        if self._removed() != expected:
+            raise CallbackError(
+                f"after step {step} the masks should remove {expected} weights, but remove {self._removed()}: load the "
+                "model's state_dict, masks included, after the callback is installed (attach, or Trainer with "
+                "callbacks=), and resume with the options that the checkpoint was made with"
+            )
+
+    def _tell_if_short(self) -> None:
+        expected = self._expected(self._final)
+        if self._removed() < expected:
+            logger.warning(
+                "GradualPruning ends with %d of %d weights removed: training stopped before the last update, or an "
+                "earlier checkpoint was loaded as the best",
+                self._removed(),
+                expected,
+            )
+
+
+def _buffer(target: Target) -> torch.Tensor:
+    return target.owner.get_buffer(target.mask_name)
+
+
+def _check_name_free(target: Target) -> None:
+    """Refuse a name in use; a mask left over by a run that ended in an error may be replaced."""
+    present = getattr(target.owner, target.mask_name, None)
+    if present is None:
+        return
+    if isinstance(present, torch.Tensor) and present.dtype is torch.bool and present.shape == target.weight.shape:
+        return
+    raise CallbackError(
+        f"{target.fqn} has a {target.mask_name} beside it already (torch.nn.utils.prune?): remove that pruning first"
+    )

@@ -1,0 +1,117 @@
+"""What a training callback is to every loop: six moments of its life, and nothing about any trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from torchopt_passes.errors import CallbackError, ConfigError
+
+if TYPE_CHECKING:
+    from torchopt_passes.callbacks.student import Student, StudentCall
+
+__all__ = ["Lifecycle", "LossTerm", "Progress", "When", "check_when"]
+
+When = int | float
+"""A moment of training: an int is completed optimizer steps, a float in [0, 1] a share of all steps."""
+
+
+def check_when(when: object, name: str) -> None:
+    """Refuse what is neither completed steps nor a share of training.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    steps = isinstance(when, int) and not isinstance(when, bool) and when >= 0
+    share = isinstance(when, float) and 0.0 <= when <= 1.0
+    if not steps and not share:
+        raise ConfigError(
+            f"{name} must be a share of training (float in [0, 1]) or completed steps (int >= 0), not {when!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is.
+
+    Args:
+        step: optimizer steps completed. The same number in every loop: micro-batches of an accumulated step
+            count as none.
+        total_steps: optimizer steps of the whole run, None if unknown.
+
+    Example:
+        >>> Progress(0, 200).steps(0.25), Progress(0, 200).steps(25)
+        (50, 25)
+    """
+
+    step: int
+    total_steps: int | None
+
+    def steps(self, when: When) -> int:
+        """Return a moment of training as completed optimizer steps.
+
+        Raises:
+            CallbackError: `when` is a share and the length of the run is unknown.
+        """
+        if isinstance(when, int):
+            return when
+        if self.total_steps is None:
+            raise CallbackError(
+                f"{when} is a share of training, but its length is unknown: give total_steps=, "
+                "or moments as whole steps"
+            )
+        return round(when * self.total_steps)
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """What a callback adds to the loss of one forward.
+
+    Terms of several callbacks add up in any order: L = (1 - sum of replaces) * hard + sum of values.
+
+    Args:
+        value: scalar; a mean over what the model's own loss is a mean over, weight included.
+        replaces: share of the model's own (hard) loss that the term stands in for.
+    """
+
+    value: torch.Tensor
+    replaces: float = 0.0
+
+
+class Lifecycle:
+    """The moments a callback may override; each loop calls them in this order.
+
+    install     before the optimizer is made and before a checkpoint is loaded: add buffers, check the model
+    begin       training begins, or goes on after a resume
+    loss_term   in each training-mode forward of the student
+    after_step  after each completed optimizer step
+    metrics     when the loop logs
+    remove      at the end, and after an error: leave nothing behind but the trained weights
+    """
+
+    changes_loss: ClassVar[bool] = False
+    """Whether the callback has a `loss_term`: then a model that returns no loss is an error."""
+
+    student: Student | None = None
+    """The model the callback is installed on; set by the loop."""
+
+    def install(self, student: Student) -> None:
+        """Prepare the model; parameters must not be added, removed or replaced."""
+
+    def begin(self, progress: Progress) -> None:
+        """Training begins at `progress`."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Act after an optimizer step; `progress.step` counts it."""
+
+    def loss_term(self, call: StudentCall) -> LossTerm | None:
+        """Return what to add to the loss of this forward."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return what to log, over the time since the last call."""
+        return {}
+
+    def remove(self) -> None:
+        """Undo `install`; called exactly once after it."""

@@ -1,0 +1,224 @@
+"""The model under training as callbacks see it: one forward hook for all of them, and who manages which weight."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from torchopt_passes.callbacks.items import count_labels, shifts_labels
+from torchopt_passes.callbacks.lifecycle import Lifecycle
+from torchopt_passes.callbacks.outputs import accepts, argument, loss_of, with_loss
+from torchopt_passes.errors import CallbackError
+
+__all__ = ["Student", "StudentCall", "unwrap"]
+
+
+@dataclass(frozen=True)
+class StudentCall:
+    """One training-mode forward of the student.
+
+    Args:
+        model: the student.
+        args: positional inputs as the loop gave them.
+        kwargs: keyword inputs as the loop gave them, without ``num_items_in_batch``.
+        labels: the labels among them, or None.
+        output: what the student returned.
+        loss: the student's own loss, scalar.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    labels: torch.Tensor | None
+    output: Any
+    loss: torch.Tensor
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel or torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+class Student:
+    """A model and the callbacks installed on it.
+
+    In training mode its forward hook adds the callbacks' loss terms to the loss that the model returns. When
+    the loop passes ``num_items_in_batch`` the loss becomes that forward's exact share of the accumulated
+    batch, for every head: those of Transformers that ignore the argument too, and models that do not take it.
+    Evaluation is left alone.
+    """
+
+    _all: ClassVar[weakref.WeakKeyDictionary[nn.Module, Student]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = weakref.ref(model) if model is not None else None
+        self._callbacks: list[Lifecycle] = []
+        self._claims: dict[str, weakref.ref[Lifecycle]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._at_end: list[Callable[[], None]] = []
+        self._items: torch.Tensor | int | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Student:
+        """Return the student of a model, wrapped or not: always the same one."""
+        model = unwrap(model)
+        if isinstance(model, nn.DataParallel):
+            raise CallbackError(
+                "nn.DataParallel replaces the model in each forward: use DistributedDataParallel (torchrun)"
+            )
+        return cls._all.setdefault(model, cls(model))
+
+    @property
+    def model(self) -> nn.Module:
+        """The unwrapped model.
+
+        Raises:
+            CallbackError: the model is gone.
+        """
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise CallbackError("the model of this callback does not exist any more")
+        return model
+
+    @property
+    def callbacks(self) -> tuple[Lifecycle, ...]:
+        """The callbacks installed now."""
+        return tuple(self._callbacks)
+
+    def join(self, callback: Lifecycle) -> None:
+        """Install a callback; one that is installed elsewhere moves here, one that is here already stays."""
+        if callback.student is self:
+            return
+        if callback.student is not None:
+            callback.student.leave(callback)
+        if not self._handles:
+            self._hook()
+        self._callbacks.append(callback)
+        callback.student = self
+        try:
+            callback.install(self)
+        except BaseException:
+            self.leave(callback)
+            raise
+
+    def leave(self, callback: Lifecycle) -> None:
+        """Remove a callback; the hooks go with the last one."""
+        if callback.student is not self:
+            return
+        try:
+            callback.remove()
+        finally:
+            callback.student = None
+            self._callbacks.remove(callback)
+            self._claims = {fqn: owner for fqn, owner in self._claims.items() if owner() not in (None, callback)}
+            if not self._callbacks:
+                self._unhook()
+
+    def claim(self, fqn: str, callback: Lifecycle) -> None:
+        """Note that a callback alone decides which entries of a weight are zero.
+
+        Raises:
+            CallbackError: another callback does.
+        """
+        owner = self._claims[fqn]() if fqn in self._claims else None
+        if owner is not None and owner is not callback:
+            raise CallbackError(
+                f"{fqn} is managed by two callbacks, {type(owner).__name__} and {type(callback).__name__}: "
+                "give them separate weights with include= and skip="
+            )
+        self._claims[fqn] = weakref.ref(callback)
+
+    def at_end(self, undo: Callable[[], None]) -> None:
+        """Call `undo` when the last callback has left."""
+        self._at_end.append(undo)
+
+    def _hook(self) -> None:
+        before = self.model.register_forward_pre_hook(self._take_items, with_kwargs=True)
+        after = self.model.register_forward_hook(self._add_terms, with_kwargs=True)
+        self._handles = [before, after]
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        while self._at_end:
+            self._at_end.pop()()
+
+    def _take_items(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Keep ``num_items_in_batch`` from the head, so that it returns a mean whatever it would do with it."""
+        self._items = None
+        if not self._callbacks or "num_items_in_batch" not in kwargs:
+            return None
+        if not module.training and accepts(module, "num_items_in_batch"):
+            return None
+        rest = dict(kwargs)
+        items = rest.pop("num_items_in_batch")
+        self._items = items if module.training else None
+        return args, rest
+
+    def _add_terms(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not module.training or not self._callbacks:
+            return None
+        changing = [callback for callback in self._callbacks if callback.changes_loss]
+        loss = loss_of(output)
+        if loss is None:
+            if changing:
+                raise CallbackError(
+                    f"{type(changing[0]).__name__} adds to the loss of {type(module).__name__}, but it returned none: "
+                    "pass labels= to the model (no label smoothing or compute_loss_func in the Trainer), or, where "
+                    "your loop owns the loss, call the callback's loss(...) there"
+                )
+            return None
+        labels = argument(module, args, kwargs, "labels")
+        call = StudentCall(module, args, kwargs, labels if isinstance(labels, torch.Tensor) else None, output, loss)
+        total = _combine(call, changing)
+        if self._items is not None:
+            total = _share(total, _count(call), self._items)
+        return None if total is loss else with_loss(output, total)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Student:
+        """A copy of the model is a model of its own: its copied hook does nothing and drags no teacher along."""
+        return Student(None)
+
+    def __reduce__(self) -> tuple[type[Student], tuple[None]]:
+        """Pickle as the copy: without callbacks."""
+        return Student, (None,)
+
+
+def _combine(call: StudentCall, callbacks: list[Lifecycle]) -> torch.Tensor:
+    terms = [term for callback in callbacks if (term := callback.loss_term(call)) is not None]
+    if not terms:
+        return call.loss
+    added = torch.stack([term.value for term in terms]).sum() if len(terms) > 1 else terms[0].value
+    kept = 1.0 - sum(term.replaces for term in terms)
+    # A micro-batch without labels has a mean over nothing (NaN), which must not poison the terms.
+    return added if kept == 0.0 else kept * call.loss + added
+
+
+def _count(call: StudentCall) -> torch.Tensor:
+    shift_labels = argument(call.model, call.args, call.kwargs, "shift_labels")
+    if shift_labels is not None:
+        return count_labels(shift_labels, shifted=False)
+    return count_labels(argument(call.model, call.args, call.kwargs, "labels"), shifted=shifts_labels(call.model))
+
+
+def _share(loss: torch.Tensor, count: torch.Tensor, items: torch.Tensor | int) -> torch.Tensor:
+    """Return c / n of the loss; exactly the loss for c = n, and 0 without labels, where a mean is NaN."""
+    count = count.to(device=loss.device, dtype=torch.promote_types(loss.dtype, torch.float32))
+    if isinstance(items, torch.Tensor):
+        items = items.to(loss.device)
+    return torch.where(count > 0, loss * (count / items).to(loss.dtype), torch.zeros_like(loss))

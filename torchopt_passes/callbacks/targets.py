@@ -1,0 +1,114 @@
+"""Which weights of a model a pruning callback manages, and along which dimension they are summed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from torchopt_passes.errors import ConfigError
+from torchopt_passes.graph.edit import Skip
+from torchopt_passes.graph.tensors import aliases, check_patterns, find_owner, matching_pattern
+from torchopt_passes.graph.weights import input_dim, matrix_weights
+
+__all__ = ["Target", "choose_targets"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight under a mask.
+
+    Args:
+        fqn: name of the parameter.
+        owner: the module that holds it.
+        name: its name there.
+        input_dim: the dimension its operation sums over, None if unknown.
+    """
+
+    fqn: str
+    owner: nn.Module
+    name: str
+    input_dim: int | None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The parameter as it is now."""
+        return getattr(self.owner, self.name)
+
+    @property
+    def mask_name(self) -> str:
+        """Name of the mask buffer beside the weight, in the owner."""
+        return f"{self.name}_mask"
+
+
+def choose_targets(
+    model: nn.Module, include: Sequence[str], skip: Sequence[str]
+) -> tuple[tuple[Target, ...], tuple[Skip, ...]]:
+    """Return the weights to manage and, with the reason, every parameter that is left alone.
+
+    On a captured graph these are the weights of matrix operations; on another module its trainable parameters
+    of two or more dimensions, embeddings excepted. A tied weight counts once, and not at all if it is an
+    embedding too.
+
+    Args:
+        model: the student.
+        include: globs on fqns; empty for all.
+        skip: globs on fqns to leave alone.
+
+    Raises:
+        ConfigError: a glob matches nothing, or nothing is left to manage.
+    """
+    check_patterns(model, include, "include")
+    check_patterns(model, skip, "skip")
+    candidates = _graph_weights(model) if isinstance(model, fx.GraphModule) else _module_weights(model)
+    targets: list[Target] = []
+    skips: list[Skip] = []
+    for fqn, parameter in model.named_parameters():
+        pattern = matching_pattern(fqn, skip)
+        if fqn not in candidates:
+            skips.append(Skip(target=fqn, reason="not the weight of a matrix operation"))
+        elif pattern is not None:
+            skips.append(Skip(target=fqn, reason=f"skip pattern {pattern!r}"))
+        elif include and matching_pattern(fqn, include) is None:
+            skips.append(Skip(target=fqn, reason="not in include"))
+        elif not parameter.requires_grad:
+            skips.append(Skip(target=fqn, reason="frozen: requires_grad is False"))
+        else:
+            owner, name = find_owner(model, fqn)
+            targets.append(Target(fqn, owner, name, candidates[fqn]))
+    if not targets:
+        reasons = sorted({skip.reason for skip in skips})
+        raise ConfigError(
+            f"no weight of {type(model).__name__} is left to prune: {'; '.join(reasons) or 'no parameters'}"
+        )
+    return tuple(targets), tuple(skips)
+
+
+def _graph_weights(graph_module: fx.GraphModule) -> dict[str, int | None]:
+    found: dict[str, int | None] = {}
+    for fqn, nodes in matrix_weights(graph_module).items():
+        dims = {input_dim(node, fqn) for node in nodes}
+        found[fqn] = dims.pop() if len(dims) == 1 else None
+    return found
+
+
+def _module_weights(model: nn.Module) -> dict[str, int | None]:
+    first = aliases(model)
+    found: dict[str, int | None] = {}
+    embeddings: set[str] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fqn = first[f"{path}.{name}" if path else name]
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                embeddings.add(fqn)
+            elif parameter.ndim >= 2:
+                found[fqn] = 0 if _is_transposed(module) else 1
+    return {fqn: dim for fqn, dim in found.items() if fqn not in embeddings}
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Return whether the weight's first dimension is the input: transposed convolutions, and GPT-2's Conv1D."""
+    transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    return isinstance(module, transposed) or type(module).__name__ == "Conv1D"

@@ -1,0 +1,121 @@
+"""A callback in the Hugging Face Trainer: its events, one by one, without importing Transformers.
+
+The Trainer calls the events by name and asks for no base class, so the same object serves it and every other loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchopt_passes._compat import calling_trainer
+from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
+from torchopt_passes.callbacks.student import Student
+from torchopt_passes.errors import CallbackError
+
+__all__ = ["TrainerEvents"]
+
+
+class TrainerEvents(Lifecycle):
+    """The events of ``transformers.TrainerCallback``, each mapped to a moment of the `Lifecycle`."""
+
+    def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        """Install: before the optimizer is made, a checkpoint loaded, the model wrapped."""
+        if getattr(args, "n_gpu", 1) > 1:
+            raise CallbackError(
+                f"{type(self).__name__} cannot work under nn.DataParallel ({args.n_gpu} GPUs in one process): "
+                "start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+            )
+        if self.student is not None and self.student.model is model:
+            self.student.leave(self)  # an earlier run ended in an error: begin anew
+        Student.of(model).join(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        """Start. Everything is in place now: a resumed run has its weights, and ``state.global_step`` its step."""
+        student = Student.of(model)
+        student.join(self)  # a no-op, but for model_init, and callbacks added after Trainer.__init__
+        trainer = calling_trainer()
+        if trainer is not None:
+            self._check(trainer)
+            _count_items(trainer, student)
+        self.begin(Progress(state.global_step, state.max_steps))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Step. Fired once for an accumulated step, after the update and before ``global_step`` is counted up."""
+        self.after_step(Progress(state.global_step + 1, state.max_steps))
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Add the metrics to the training logs and to ``state.log_history``."""
+        if "loss" in logs and (metrics := self.metrics()):
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        """Remove. The best model is loaded already if that was asked for; the last weights are the user's to save."""
+        Student.of(model).leave(self)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_predict(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def _check(self, trainer: Any) -> None:
+        """Refuse, before the first batch, a Trainer that takes the labels away from the model."""
+        if self.changes_loss and (trainer.compute_loss_func is not None or trainer.label_smoother is not None):
+            what = "compute_loss_func" if trainer.compute_loss_func is not None else "label_smoothing_factor"
+            raise CallbackError(
+                f"{type(self).__name__} adds to the loss that the model returns, but with {what} the Trainer "
+                "computes the loss itself, from labels that the model never sees: leave it out, or call loss(...) in "
+                "your compute_loss"
+            )
+
+
+def _count_items(trainer: Any, student: Student) -> None:
+    """Make the Trainer count labels over the whole accumulated step and pass the count to the student's hook.
+
+    By itself it does so only for a forward with ``**kwargs``; for another it averages the micro-batches'
+    means, which is wrong for ragged labels, and heads that have ``**kwargs`` but ignore the count get a
+    gradient too large by the number of micro-batches (transformers issue 47688). A Trainer that computes the
+    loss itself is left as it is, and one that was told to divide by the number of micro-batches
+    (``loss_is_scaled_for_ga = False``) does only that.
+    """
+    own_loss = type(trainer).compute_loss.__module__ != "transformers.trainer"
+    sequence_parallel = getattr(getattr(trainer.accelerator, "parallelism_config", None), "sp_enabled", False)
+    if own_loss or sequence_parallel:
+        return
+    before, wanted = trainer.model_accepts_loss_kwargs, trainer.loss_is_scaled_for_ga is not False
+    if before == wanted:
+        return
+    trainer.model_accepts_loss_kwargs = wanted
+
+    def undo() -> None:
+        trainer.model_accepts_loss_kwargs = before
+
+    student.at_end(undo)
