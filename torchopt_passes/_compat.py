@@ -6,11 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-__all__ = ["aoti_compile", "aoti_load", "calling_trainer", "causal_loss_types", "flat_inputs", "output_spec"]
+__all__ = [
+    "aoti_compile",
+    "aoti_load",
+    "calling_trainer",
+    "causal_loss_types",
+    "compiled_source",
+    "decomposed_ops",
+    "flat_inputs",
+    "output_spec",
+]
 
 
 def flat_inputs(graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -84,3 +93,20 @@ def causal_loss_types() -> frozenset[str]:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     return frozenset(name for name, loss in LOSS_MAPPING.items() if loss is ForCausalLMLoss)
+
+
+def decomposed_ops() -> Any:
+    """Return the namespace of PT2E's quantize and dequantize operators, ``torch.ops.quantized_decomposed``.
+
+    The operators exist once the private module that defines them is imported; a graph that holds them needs it too.
+    """
+    import torch
+    import torch.ao.quantization.fx._decomposed  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    return torch.ops.quantized_decomposed
+
+
+def compiled_source(model: nn.Module) -> nn.Module | None:
+    """Return the module that ``torch.compile`` wraps in `model`, or None if it is no compiled module."""
+    source = getattr(model, "_orig_mod", None)
+    return source if isinstance(source, nn.Module) else None

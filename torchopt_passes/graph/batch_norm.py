@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-__all__ = ["BatchNorm", "batch_norms", "foldable_into"]
+__all__ = ["BatchNorm", "batch_norms", "foldable_into", "freeze_batch_norms"]
 
 aten = torch.ops.aten
 
@@ -67,3 +67,22 @@ def foldable_into(norm: BatchNorm) -> tuple[fx.Node | None, str]:
     if name == "aten.linear.default" and getattr(value, "ndim", 2) != 2:
         return None, f"it does not normalize the output features of {before.name}"
     return before, ""
+
+
+def freeze_batch_norms(graph_module: fx.GraphModule, frozen: bool) -> int:
+    """Make every batch norm use, and not update, its running statistics in training mode too; or as the module says again.
+
+    The mark is in the node's meta, where copies keep it and the switch of modes reads it.
+
+    Args:
+        graph_module: a captured graph.
+        frozen: whether they are frozen from now on.
+
+    Returns:
+        How many batch norms keep statistics that can be frozen.
+    """
+    norms = [norm for norm in batch_norms(graph_module.graph) if norm.statistics is not None]
+    for norm in norms:
+        norm.node.meta["bn_frozen"] = frozen
+    graph_module.train(graph_module.training)
+    return len(norms)
