@@ -64,44 +64,64 @@ def attach(
         session.close()
         ```
     """
-    return Session(model, optimizer, callbacks, total_steps=total_steps)
+    session = Session(model, callbacks)
+    try:
+        session.bind(optimizer, total_steps=total_steps)
+    except BaseException:
+        session.close()
+        raise
+    return session
 
 
 class Session:
-    """Callbacks at work on one model and one optimizer; made by `attach`.
+    """Callbacks at work on one model; made by `attach`, or in two moves where the optimizer comes later.
 
     Args:
         model: see `attach`.
-        optimizer: see `attach`.
-        callbacks: see `attach`.
-        total_steps: see `attach`.
+        callbacks: see `attach`; they are installed at once.
+
+    Raises:
+        CallbackError: a callback is in use.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        callbacks: Iterable[Lifecycle],
-        *,
-        total_steps: int | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, callbacks: Iterable[Lifecycle]) -> None:
         self.callbacks = tuple(callbacks)
-        self.total_steps = total_steps
         self.step = 0
         """Optimizer steps completed."""
+        self.total_steps: int | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
         self._student = Student.of(model)
         self._handle: RemovableHandle | None = None
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper forwards `step` to the real one
-        self.optimizer = optimizer
-        self._check()
+        self._refuse_busy()
         try:
             for callback in self.callbacks:
                 self._student.join(callback)
-            self._handle = optimizer.register_step_post_hook(self._stepped)
-            self._start()
         except BaseException:
             self.close()
             raise
+
+    def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int | None = None, step: int = 0) -> None:
+        """Follow an optimizer from now on, and begin.
+
+        Args:
+            optimizer: see `attach`.
+            total_steps: see `attach`.
+            step: optimizer steps completed so far, in a resumed run.
+
+        Raises:
+            CallbackError: the optimizer does not train this model, or the session has one.
+        """
+        if self._handle is not None:
+            raise CallbackError("the session follows an optimizer already")
+        if total_steps is not None and total_steps < 1:
+            raise CallbackError(f"total_steps must be at least 1, not {total_steps}")
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper forwards `step` to the real one
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in trained for p in self._student.model.parameters()):
+            raise CallbackError("the optimizer holds no parameter of this model: make it from model.parameters()")
+        self.optimizer, self.total_steps, self.step = optimizer, total_steps, step
+        self._handle = optimizer.register_step_post_hook(self._stepped)
+        self._begin()
 
     @property
     def progress(self) -> Progress:
@@ -126,7 +146,7 @@ class Session:
         if set(state_dict) != {"step"} or not isinstance(step, int) or step < 0:
             raise CallbackError(f"not the state of a session, which is {{'step': int}}: {state_dict!r}")
         self.step = step
-        self._start()
+        self._begin()
 
     def close(self) -> None:
         """Remove the callbacks and hooks; safe to call again."""
@@ -144,20 +164,15 @@ class Session:
     ) -> None:
         self.close()
 
-    def _check(self) -> None:
-        if self.total_steps is not None and self.total_steps < 1:
-            raise CallbackError(f"total_steps must be at least 1, not {self.total_steps}")
+    def _refuse_busy(self) -> None:
         if len(set(map(id, self.callbacks))) != len(self.callbacks):
             raise CallbackError("the same callback is given twice")
-        busy = [type(c).__name__ for c in self.callbacks if c.student is not None]
-        if busy or self._student.callbacks:
-            names = busy or [type(c).__name__ for c in self._student.callbacks]
-            raise CallbackError(f"{', '.join(names)} at work already: close() that session or callback first")
-        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in trained for p in self._student.model.parameters()):
-            raise CallbackError("the optimizer holds no parameter of this model: make it from model.parameters()")
+        busy = [*(c for c in self.callbacks if c.student is not None), *self._student.callbacks]
+        if busy:
+            names = ", ".join(dict.fromkeys(type(callback).__name__ for callback in busy))
+            raise CallbackError(f"{names} at work already: close that session, or the callback, first")
 
-    def _start(self) -> None:
+    def _begin(self) -> None:
         for callback in self.callbacks:
             callback.begin(self.progress)
 

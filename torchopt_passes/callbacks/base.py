@@ -52,10 +52,11 @@ class Callback(TrainerEvents):
         >>> from torchopt_passes.callbacks.attach import attach
         >>> import torch
         >>> model, counter = nn.Linear(2, 1), CountSteps()
-        >>> with attach(model, optim.SGD(model.parameters(), lr=0.1), [counter]) as session:
+        >>> optimizer = optim.SGD(model.parameters(), lr=0.1)
+        >>> with attach(model, optimizer, [counter]):
         ...     for _ in range(3):
         ...         model(torch.ones(1, 2)).sum().backward()
-        ...         session.optimizer.step()
+        ...         optimizer.step()
         >>> counter.steps
         3
     """

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from torchopt_passes._compat import compiled_source
 from torchopt_passes.callbacks.items import count_labels, shifts_labels
 from torchopt_passes.callbacks.lifecycle import Lifecycle
 from torchopt_passes.callbacks.outputs import accepts, argument, loss_of, with_loss
@@ -43,7 +44,7 @@ class StudentCall:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel or torch.compile."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = compiled_source(model)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):
