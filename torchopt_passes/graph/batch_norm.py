@@ -70,7 +70,7 @@ def foldable_into(norm: BatchNorm) -> tuple[fx.Node | None, str]:
 
 
 def freeze_batch_norms(graph_module: fx.GraphModule, frozen: bool) -> int:
-    """Make every batch norm use, and not update, its running statistics in training mode too; or as the module says again.
+    """Make every batch norm use, and not update, its running statistics in training mode too, or undo that.
 
     The mark is in the node's meta, where copies keep it and the switch of modes reads it.
 
