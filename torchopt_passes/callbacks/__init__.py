@@ -1,1 +1,27 @@
 """The training side: one class a file, one object for every loop."""
+
+from __future__ import annotations
+
+from torchopt_passes.callbacks.attach import Session, attach
+from torchopt_passes.callbacks.base import Callback
+from torchopt_passes.callbacks.distillation import Distillation
+from torchopt_passes.callbacks.gradual_pruning import GradualPruning
+from torchopt_passes.callbacks.items import num_items_in_batch
+from torchopt_passes.callbacks.lifecycle import LossTerm, Progress
+from torchopt_passes.callbacks.lightning import lightning_callback
+from torchopt_passes.callbacks.quantization_schedule import QuantizationSchedule
+from torchopt_passes.callbacks.student import StudentCall
+
+__all__ = [
+    "Callback",
+    "Distillation",
+    "GradualPruning",
+    "LossTerm",
+    "Progress",
+    "QuantizationSchedule",
+    "Session",
+    "StudentCall",
+    "attach",
+    "lightning_callback",
+    "num_items_in_batch",
+]

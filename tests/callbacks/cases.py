@@ -1,0 +1,46 @@
+"""One entry per public callback: what the battery in test_every_callback.py runs it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tests.callbacks.loops import Example, ragged_tokens, tiny_bert
+from torchopt_passes import callbacks
+from torchopt_passes.callbacks import Callback, Distillation, GradualPruning
+
+
+@dataclass(frozen=True)
+class Case:
+    """Args:
+    make: a fresh callback, as a resumed process would make it.
+    model: a fresh student with the same weights each time; `dropout` asks for randomness in its forward.
+    data: the examples.
+    extra_state: endings of the state_dict keys that the callback may add while it is installed.
+    """
+
+    make: Callable[[], Callback]
+    model: Callable[[float], nn.Module] = field(default=tiny_bert)
+    data: Callable[[int], Sequence[Example]] = field(default=ragged_tokens)
+    extra_state: tuple[str, ...] = ()
+
+
+CASES: dict[str, Case] = {
+    "GradualPruning": Case(
+        make=lambda: GradualPruning(sparsity=0.6, start=1, end=5, every=1, skip=("classifier",)),
+        extra_state=("weight_mask",),
+    ),
+    "Distillation": Case(make=lambda: Distillation(tiny_bert(seed=7).train(), alpha=0.3, temperature=3.0)),
+}
+
+
+def exported() -> set[str]:
+    """Names of the callback classes that users import."""
+    values = {name: getattr(callbacks, name) for name in callbacks.__all__}
+    return {
+        name
+        for name, value in values.items()
+        if isinstance(value, type) and issubclass(value, Callback) and value is not Callback
+    }
