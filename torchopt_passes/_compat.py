@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,16 @@ __all__ = [
     "flat_inputs",
     "output_spec",
 ]
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Return a deep copy of a graph, its input and output structure included.
+
+    Copying that structure makes torch 2.13 warn of its own deprecated class, which no user can change.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        return copy.deepcopy(graph)
 
 
 def flat_inputs(graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -53,8 +65,6 @@ def aoti_compile(exported: ExportedProgram, path: Path, options: dict[str, Any])
     The documented entry point of AOTInductor lies in a private module. It warns of its own code, which no user can
     change: of ``torch.jit`` when it is imported, and of a copy that lowering int8 weights makes.
     """
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script_method", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="To copy construct from a tensor", category=UserWarning)

@@ -120,9 +120,7 @@ def quantize(
     return (torch.round(x * (1.0 / scale)) + zero_point).clamp(quant_min, quant_max).to(torch.int32)
 
 
-def dequantize(
-    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dim: int | None = None
-) -> torch.Tensor:
+def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """Return the values of integers of a grid: x = s (q - z); shapes as in `quantize`."""
     return (q - along(zero_point, q.ndim, dim)) * along(scale, q.ndim, dim)
 
@@ -221,7 +219,7 @@ def fold_batch_norm(
 
 
 def along(values: torch.Tensor, ndim: int, dim: int | None) -> torch.Tensor:
-    """Return a vector shaped to multiply dimension `dim` of a tensor of `ndim` dimensions (as it is when dim is None)."""
+    """Return a vector shaped to multiply dimension `dim` of `ndim` dimensions (as it is when dim is None)."""
     if dim is None:
         return values
     shape = [1] * ndim

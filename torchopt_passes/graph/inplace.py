@@ -50,12 +50,11 @@ def make_out_of_place(graph: fx.Graph) -> list[str]:
 
 def _twin(op: object) -> object | None:
     """Return the functional overload of an in-place ATen operator, or None."""
-    if not isinstance(op, torch._ops.OpOverload):
+    schema = getattr(op, "_schema", None)
+    if schema is None or not schema.name.startswith("aten::") or not schema.name.endswith("_"):
         return None
-    name = op._schema.name.removeprefix("aten::")
-    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") and not name.startswith("_") else None
-    overload = op._schema.overload_name or "default"
-    return getattr(packet, overload, None) if packet is not None else None
+    packet = getattr(torch.ops.aten, schema.name.removeprefix("aten::")[:-1], None)
+    return getattr(packet, schema.overload_name or "default", None)
 
 
 def _has_views(node: fx.Node) -> bool:

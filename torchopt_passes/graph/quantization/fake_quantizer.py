@@ -97,6 +97,11 @@ class FakeQuantizer(nn.Module):
         return self._observe
 
     @property
+    def exact(self) -> bool:
+        """Whether it always takes the current range, as that of a weight does."""
+        return self.momentum == 1.0
+
+    @property
     def has_range(self) -> bool:
         """Whether it has seen data, or was given a range."""
         if not self._has_range:

@@ -92,9 +92,7 @@ _VIEWS: frozenset[object] = frozenset(
         aten.slice.Tensor,
     }
 )
-_MAX_POOLS: frozenset[object] = frozenset(
-    {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default}
-)
+_MAX_POOLS: frozenset[object] = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,236 @@
+"""Lowering: fake-quantizers become quantize and dequantize ops, weights become integers, batch norms are folded.
+
+The ops are those of PT2E (``torch.ops.quantized_decomposed``), which Inductor, ONNX and the other exporters read.
+torchao's own `convert_pt2e` is not called: it rebuilds the module, leaves its input unusable, takes away train() and
+eval(), and rewrites every convolution and batch norm by a pattern with eps 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torchopt_passes._compat import decomposed_ops
+from torchopt_passes.errors import PassError
+from torchopt_passes.functional.affine import along, batch_norm_scale, fold_batch_norm, quantize
+from torchopt_passes.graph.batch_norm import BatchNorm
+from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer
+from torchopt_passes.graph.quantization.operations import is_static
+from torchopt_passes.graph.quantization.targets import KINDS
+from torchopt_passes.graph.state import erase_unused, forget_batches, free_name, get_state, remove_unused_state, store
+
+__all__ = ["lower"]
+
+
+@dataclass
+class _Stored:
+    """Tensors to be stored once the old ones are gone: then a converted weight gets the name of its float one."""
+
+    items: list[tuple[fx.Node, str, torch.Tensor, bool]] = field(default_factory=list[Any])
+
+    def add(self, graph: fx.Graph, name: str, value: torch.Tensor, *, parameter: bool = False) -> fx.Node:
+        # a name that nothing has: until it is stored, the float tensor of that name counts as read no more
+        node = graph.create_node("get_attr", f"new.{len(self.items)}", name=name.replace(".", "_"))
+        node.meta["val"] = value
+        self.items.append((node, name, value, parameter))
+        return node
+
+
+def lower(graph_module: fx.GraphModule, names: Sequence[str], *, fold_weights: bool) -> None:
+    """Lower fake-quantizers of a prepared graph, in place.
+
+    Args:
+        graph_module: a prepared graph.
+        names: the fake-quantizers to lower, such as ``"fake_quant.conv1_weight"``.
+        fold_weights: store weights as integers; else keep them as floats that the graph rounds.
+    """
+    graph, wanted = graph_module.graph, set(names)
+    before = get_state(graph_module)
+    stored = _Stored()
+    for node in list(graph.nodes):
+        if node.op != "call_module" or node.target not in wanted:
+            continue
+        quantizer = graph_module.get_submodule(str(node.target))
+        if not isinstance(quantizer, FakeQuantizer):
+            raise PassError(f"{node.target} is no fake-quantizer")
+        value = node.args[0]
+        if quantizer.exact and isinstance(value, fx.Node) and is_static(value):
+            _lower_weight(graph_module, node, quantizer, stored, fold_weights=fold_weights)
+        else:
+            _lower_activation(graph, node, quantizer)
+    for name in wanted:
+        owner, _, child = name.rpartition(".")
+        del graph_module.get_submodule(owner)._modules[child]
+    _drop_empty(graph_module, {name.split(".", maxsplit=1)[0] for name in wanted})
+    remove_unused_state(graph_module, before)
+    for node, name, tensor, parameter in stored.items:
+        # a float tensor of that name is still read (a tied embedding): then the integers stand beside it
+        taken = not tensor.is_floating_point() and free_name(graph_module, name) != name
+        node.target = free_name(graph_module, f"{name}_int8" if taken else name)
+        store(graph_module, str(node.target), tensor, parameter=parameter)
+
+
+def _lower_activation(graph: fx.Graph, node: fx.Node, quantizer: FakeQuantizer) -> None:
+    """One quantize op, and a dequantize op for each user: the patterns of the compilers want one user each."""
+    ops = decomposed_ops()
+    grid = (
+        float(quantizer.scale),
+        int(quantizer.zero_point),
+        quantizer.quant_min,
+        quantizer.quant_max,
+        quantizer.dtype,
+    )
+    with graph.inserting_before(node):
+        rounded = graph.call_function(ops.quantize_per_tensor.default, (node.args[0], *grid))
+    rounded.meta = _meta(node, quantizer.dtype)
+    for user in list(node.users):
+        with graph.inserting_before(node):
+            back = graph.call_function(ops.dequantize_per_tensor.default, (rounded, *grid))
+        back.meta = _meta(node)
+        user.replace_input_with(node, back)
+    graph.erase_node(node)
+
+
+def _lower_weight(
+    graph_module: fx.GraphModule, node: fx.Node, quantizer: FakeQuantizer, stored: _Stored, *, fold_weights: bool
+) -> None:
+    graph, source = graph_module.graph, node.args[0]
+    weight = static_value(graph_module, source)
+    norms = _norms_behind(node) if len(node.args) > 1 else []
+    if norms:
+        scale = quantizer_scale(graph_module, quantizer, norms[0][1])
+        weight = weight * along(scale, weight.ndim, quantizer.weight_dim)
+    name = _parameter_name(source)
+    for user in list(node.users):
+        with graph.inserting_before(node):
+            back = _rounded_weight(graph, node, name, weight, quantizer, stored, fold_weights=fold_weights)
+        user.replace_input_with(node, back)
+    for operation, norm in norms:
+        _fold(graph_module, operation, norm, stored, owner=name.rpartition(".")[0])
+    erase_unused(node)
+
+
+def _rounded_weight(
+    graph: fx.Graph,
+    node: fx.Node,
+    name: str,
+    weight: torch.Tensor,
+    quantizer: FakeQuantizer,
+    stored: _Stored,
+    *,
+    fold_weights: bool,
+) -> fx.Node:
+    ops, dim = decomposed_ops(), quantizer.channel_dim
+    low, high, dtype = quantizer.quant_min, quantizer.quant_max, quantizer.dtype
+    shared = next((n for n, other, _, _ in stored.items if other == name and n.meta.get("source") is node), None)
+    if shared is None:
+        integers = quantize(weight, quantizer.scale, quantizer.zero_point, low, high, dim).to(dtype)
+        shared = stored.add(graph, name, integers if fold_weights else weight.clone(), parameter=not fold_weights)
+        shared.meta["source"] = node
+        if dim is not None:
+            scale = stored.add(graph, f"{name}_scale", quantizer.scale.clone())
+            zero_point = stored.add(graph, f"{name}_zero_point", quantizer.zero_point.to(torch.int64))
+            shared.meta["grid"] = (scale, zero_point, dim, low, high, dtype)
+        else:
+            shared.meta["grid"] = (float(quantizer.scale), int(quantizer.zero_point), low, high, dtype)
+    grid = shared.meta["grid"]
+    kind = "per_tensor" if dim is None else "per_channel"
+    rounded = shared
+    if not fold_weights:
+        rounded = graph.call_function(getattr(ops, f"quantize_{kind}").default, (shared, *grid))
+        rounded.meta = _meta(node, dtype)
+    back = graph.call_function(getattr(ops, f"dequantize_{kind}").default, (rounded, *grid))
+    back.meta = _meta(node)
+    return back
+
+
+def _norms_behind(node: fx.Node) -> list[tuple[fx.Node, BatchNorm]]:
+    """Return each operation that a folded weight goes into, with its batch norm."""
+    found: list[tuple[fx.Node, BatchNorm]] = []
+    pending = list(node.users)
+    while pending:
+        user = pending.pop(0)
+        if user.target in KINDS:
+            norm = next((n for n in (BatchNorm.of(u) for u in user.users) if n is not None), None)
+            if norm is None:
+                raise PassError(f"the batch norm behind {user.name} is gone: its weight cannot be folded")
+            found.append((user, norm))
+        else:
+            pending += list(user.users)
+    return found
+
+
+def quantizer_scale(graph_module: fx.GraphModule, quantizer: FakeQuantizer, norm: BatchNorm) -> torch.Tensor:
+    """Return what the batch norm multiplies each channel of the weight by, 0 where its gamma is 0."""
+    gamma = None if norm.gamma is None else static_value(graph_module, norm.gamma)
+    return batch_norm_scale(gamma, static_value(graph_module, norm.var), quantizer.bn_eps)
+
+
+def _fold(graph_module: fx.GraphModule, operation: fx.Node, norm: BatchNorm, stored: _Stored, *, owner: str) -> None:
+    """Let an operation take its batch norm's shift as its bias, and remove the batch norm."""
+    graph, position = graph_module.graph, KINDS[operation.target].bias
+    if position is None:
+        raise PassError(f"{operation.name} takes no bias: its batch norm cannot be folded")
+    args = [*operation.args, *([None] * (position + 1 - len(operation.args)))]
+    old = args[position]
+    values = [
+        static_value(graph_module, n) if isinstance(n, fx.Node) else None
+        for n in (old, norm.gamma, norm.beta, norm.mean, norm.var)
+    ]
+    bias, gamma, beta, mean, var = values
+    if mean is None or var is None:
+        raise PassError(f"{norm.node.name} keeps no running statistics: it cannot be folded")
+    empty = torch.ones(len(var), 1, device=var.device)
+    _, shift = fold_batch_norm(empty, bias, gamma=gamma, beta=beta, mean=mean, var=var, eps=norm.eps)
+    name = str(old.target) if isinstance(old, fx.Node) else f"{owner}.bias".removeprefix(".")
+    with graph.inserting_before(operation):
+        args[position] = stored.add(graph, name, shift, parameter=True)
+    operation.args = tuple(args)
+    norm.node.replace_all_uses_with(operation)
+    forget_batches(graph_module, norm)
+    erase_unused(norm.node)
+    if isinstance(old, fx.Node):
+        erase_unused(old)
+
+
+def static_value(graph_module: fx.GraphModule, node: Any) -> Any:
+    """Return the value of a node that depends on parameters and buffers alone."""
+    if isinstance(node, fx.Node):
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            return getattr(graph_module.get_submodule(owner), name).detach()
+        with torch.no_grad():
+            arguments = fx.node.map_arg(node.args, lambda n: static_value(graph_module, n))
+            options = fx.node.map_arg(node.kwargs, lambda n: static_value(graph_module, n))
+            return node.target(*arguments, **options)  # pyright: ignore
+    return node
+
+
+def _parameter_name(node: Any) -> str:
+    """Return the fqn of the first parameter or buffer a value is made of."""
+    pending = [node]
+    while pending:
+        first = pending.pop(0)
+        if first.op == "get_attr":
+            return str(first.target)
+        pending += first.all_input_nodes
+    return "weight"
+
+
+def _meta(node: fx.Node, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Return the meta data of a value on an edge: the same shape and place in the source."""
+    meta = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+    value = node.meta.get("val")
+    if value is not None:
+        meta["val"] = value if dtype is None else value.to(dtype)
+    return meta
+
+
+def _drop_empty(graph_module: nn.Module, containers: set[str]) -> None:
+    for name in containers:
+        if name in graph_module._modules and not graph_module.get_submodule(name)._modules:
+            del graph_module._modules[name]
