@@ -12,6 +12,9 @@ from .graph.base import GraphPass as GraphPass
 from .graph.base import PassContext as PassContext
 from .graph.base import PassResult as PassResult
 from .graph.base import on_copy as on_copy
+from .graph.capture import CapturedModule as CapturedModule
+from .graph.capture import capture as capture
+from .graph.capture import release as release
 from .graph.edit import Edit as Edit
 from .graph.edit import Skip as Skip
 from .graph.pipeline import Pipeline as Pipeline

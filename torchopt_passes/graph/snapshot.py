@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torchopt_passes._compat import copy_graph
+
 __all__ = ["Snapshot"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -27,7 +29,7 @@ class Snapshot:
         self._attributes = {child: _attributes(child) for child in module.modules()}
         tensors = {id(t): t for child in module.modules() for t in _tensors(child)}
         self._tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors.values()]
-        self._graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else None
+        self._graph = copy_graph(module.graph) if isinstance(module, fx.GraphModule) else None
         self._names = _names(module)
 
     def restore(self) -> None:
@@ -45,7 +47,7 @@ class Snapshot:
                 tensor.requires_grad_(requires_grad)
                 tensor.grad = grad
         if isinstance(self._module, fx.GraphModule) and self._graph is not None:
-            self._module.graph = copy.deepcopy(self._graph)
+            self._module.graph = copy_graph(self._graph)
 
     def changes(self) -> list[str]:
         """Return what differs now, by name: tensors added, removed or changed, and ``"graph"``."""

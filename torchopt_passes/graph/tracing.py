@@ -1,0 +1,232 @@
+"""One export of a model in one mode, with the model left exactly as it was, and errors a user can act on."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from torchopt_passes.errors import CaptureError
+
+__all__ = ["Call", "Trace", "trace"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An example call of a model, ready for export.
+
+    Args:
+        args: positional inputs; a batch of one is doubled, since export would fix the size 1.
+        kwargs: keyword inputs, likewise.
+        shapes: the choices of dynamic shapes to try, most dynamic first.
+        input_names: names of the inputs in order.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: tuple[Any, ...]
+    input_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, args: Any, kwargs: dict[str, Any], dynamic: Any) -> Call:
+        """Check an example call against the model's forward and choose the dynamic shapes.
+
+        Raises:
+            CaptureError: the inputs do not fit the forward.
+        """
+        if not isinstance(args, tuple):
+            raise CaptureError(f"args must be a tuple of positional inputs, not a {type(args).__name__}: (x,)")
+        args = cast("tuple[Any, ...]", args)
+        try:
+            bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise CaptureError(f"{type(model).__name__}.forward cannot be called so: {error}") from error
+        names = tuple(name for name in bound.arguments if name not in ("args", "kwargs"))
+        if dynamic == "auto":
+            args, kwargs = _without_batch_of_one(args, kwargs)
+            shapes = (_shapes(args, kwargs, _open_dims), _shapes(args, kwargs, lambda t: (0,) if t.ndim else ()), None)
+        elif dynamic is False:
+            shapes = (None,)
+        else:
+            shapes = (dynamic,)
+        positional = tuple(list(inspect.signature(model.forward).parameters)[: len(args)])
+        del names
+        return cls(args, kwargs, shapes, (*positional, *kwargs))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An exported graph with the model's own parameters, and which dims of its inputs stayed dynamic."""
+
+    module: fx.GraphModule
+    dynamic_dims: dict[str, tuple[int, ...]]
+
+
+def trace(model: nn.Module, call: Call, *, training: bool) -> Trace:
+    """Export a model in one mode.
+
+    Raises:
+        CaptureError: names the user's line and a way out.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with _no_cache(model), _own_random_state() as consumed, _layerdrop(training):
+            model.train(training)
+            exported = _export(model, call, training)
+        if consumed():
+            raise CaptureError(
+                f"{type(model).__name__} draws random numbers in Python in {_mode(training)} mode, which a graph cannot "
+                "repeat; switch that off in its config (layerdrop=0, mask_time_prob=0, mask_feature_prob=0 in "
+                "Transformers), or capture a submodule without it"
+            )
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return Trace(exported.module(check_guards=False), _dynamic_dims(exported))
+
+
+def _export(model: nn.Module, call: Call, training: bool) -> torch.export.ExportedProgram:
+    failure: Exception | None = None
+    for shapes in call.shapes:
+        try:
+            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
+        except CaptureError:
+            raise
+        except Exception as error:  # whatever export raises: the next, less dynamic choice may work
+            failure = failure or error
+    raise CaptureError(_explain(model, failure or RuntimeError("no shapes"), training)) from failure
+
+
+def _explain(model: nn.Module, error: Exception, training: bool) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    text = str(error)
+    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__ or "Could not guard" in text:
+        way = "its Python branches on the values of a tensor: capture a submodule that does not, or use torch.where"
+    elif "kwarg" in text or "unexpected keyword" in text:
+        way = "check the example inputs"
+    else:
+        way = "capture the submodule that does the work, or change that line to tensor operations"
+    return f"{type(model).__name__} cannot be captured in {_mode(training)} mode{where}: {lines[0]}. Way out: {way}"
+
+
+def _is_machinery(filename: str) -> bool:
+    inside = filename.replace("\\", "/")
+    return "/torch/" in inside or "/torchopt_passes/" in inside or inside.startswith("<")
+
+
+def _mode(training: bool) -> str:
+    return "train" if training else "eval"
+
+
+def _open_dims(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Batch, and the length of sequences: of token ids and masks, of waveforms, of embedded sequences."""
+    return tuple(range(min(tensor.ndim, 2 if tensor.ndim <= 3 else 1)))
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any], choose: Any) -> Any:
+    auto = torch.export.Dim.AUTO
+
+    def spec(value: Any) -> Any:
+        return dict.fromkeys(choose(value), auto) if isinstance(value, torch.Tensor) else None
+
+    positional, named = pytree.tree_map(spec, args), pytree.tree_map(spec, kwargs)
+    return tuple(positional) if not kwargs else _by_order(positional, named)
+
+
+def _by_order(positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return (*positional, *named.values()) if positional else named
+
+
+def _without_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return args, kwargs
+    return pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, (args, kwargs))
+
+
+def _dynamic_dims(exported: torch.export.ExportedProgram) -> dict[str, tuple[int, ...]]:
+    inputs = exported.graph_signature.user_inputs
+    found: dict[str, tuple[int, ...]] = {}
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in inputs and isinstance(value, torch.Tensor):
+            found[node.name] = tuple(d for d, size in enumerate(value.shape) if not isinstance(size, int))
+    return found
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Generator[None]:
+    """A decoder's cache is state between calls, which a graph has none of: switch ``use_cache`` off meanwhile."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+@contextmanager
+def _own_random_state() -> Generator[Any]:
+    """Keep every random state as it was, and tell whether Python or numpy numbers were drawn."""
+    import numpy as np
+
+    before = random.getstate(), np.random.get_state()
+
+    def consumed() -> bool:
+        return changed
+
+    changed = False
+    with torch.random.fork_rng():
+        try:
+            yield consumed
+        finally:
+            now = np.random.get_state()
+            changed = random.getstate() != before[0] or now[2] != before[1][2] or bool((now[1] != before[1][1]).any())
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+class _NeverDropped(float):
+    """What layer drop compares with its probability: a layer is kept when the probability is 0, and only then."""
+
+    def __lt__(self, probability: Any) -> bool:
+        if float(probability) > 0:
+            raise CaptureError(
+                f"layer drop with probability {float(probability)} decides in Python which layers run, at {_caller()}: "
+                "a graph cannot; set layerdrop=0 in the model's config"
+            )
+        return False
+
+
+def _caller() -> str:
+    frame = next(f for f in reversed(traceback.extract_stack()) if not _is_machinery(f.filename))
+    return f"{frame.filename}:{frame.lineno}"
+
+
+class _Layerdrop(TorchFunctionMode):
+    """Transformers draws ``torch.rand([])`` for every layer in training, even when the probability is 0."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.rand and args and args[0] in ([], ()) and not kwargs:
+            return _NeverDropped(1.0)
+        return func(*args, **(kwargs or {}))
+
+
+def _layerdrop(training: bool) -> Any:
+    from contextlib import nullcontext
+
+    return _Layerdrop() if training else nullcontext()
