@@ -65,6 +65,11 @@ class CapturedModule(fx.GraphModule):
         return "num_items_in_batch" in self.input_names
 
     @property
+    def loss_type(self) -> str | None:
+        """The source's kind of loss: Transformers' ``Trainer`` counts the labels of a causal language model by it."""
+        return getattr(self.source, "loss_type", None)
+
+    @property
     def device(self) -> torch.device:
         """The device of the first parameter or buffer."""
         return next((t.device for t in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
