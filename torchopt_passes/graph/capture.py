@@ -89,8 +89,9 @@ class CapturedModule(fx.GraphModule):
         shared = {k: v for k, v in self.meta.items() if k in _SHARED}
         other = _build(root, graph, type(self).__name__, meta | shared, self)
         memo[id(self)] = other
-        for child, twin in zip(self.modules(), other.modules(), strict=True):
-            twin.training = child.training
+        modes = {name: child.training for name, child in self.named_modules()}
+        for name, twin in other.named_modules():
+            twin.training = modes[name]
         return other
 
 
@@ -201,7 +202,9 @@ def _owner(module: nn.Module, fqn: str) -> tuple[nn.Module, str]:
     path, _, leaf = fqn.rpartition(".")
     owner = module
     for part in path.split(".") if path else []:
-        if owner._modules.get(part) is None:
-            owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # pyright: ignore[reportAssignmentType]
+        child = owner._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            owner.add_module(part, child)
+        owner = child
     return owner, leaf
