@@ -50,13 +50,13 @@ VIEW_OPS: frozenset[object] = frozenset(
 
 
 def parameter_behind(node: object) -> str | None:
-    """Return the fqn of the parameter that a node is a view of, or None.
+    """Return the fqn of the parameter that a node is a view of, through a fake-quantizer too, or None.
 
     Args:
         node: an argument of a matrix operation.
     """
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in VIEW_OPS:
-        node = node.args[0]
+    while isinstance(node, fx.Node) and (node.op == "call_module" or node.target in VIEW_OPS):
+        node = node.args[0]  # the only modules that a captured graph calls are fake-quantizers
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
@@ -98,7 +98,7 @@ def input_dim(node: fx.Node, fqn: str) -> int | None:
 
 def _through_views(node: object, dim: int, ndim: int) -> int | None:
     """Follow one dimension from the end of a chain of views back to the parameter."""
-    while isinstance(node, fx.Node) and node.op == "call_function":
+    while isinstance(node, fx.Node) and node.op in ("call_function", "call_module"):
         if node.target is aten.t.default:
             dim = 1 - dim
         elif node.target is aten.transpose.int:
