@@ -18,6 +18,7 @@ __all__ = [
     "calling_trainer",
     "causal_loss_types",
     "compiled_source",
+    "copy_graph",
     "decomposed_ops",
     "flat_inputs",
     "output_spec",

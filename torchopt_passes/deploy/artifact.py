@@ -13,7 +13,7 @@ from torch import nn
 from torchopt_passes.deploy.base import Runner, find_target, target_types
 from torchopt_passes.deploy.benchmark import Benchmark, benchmark
 from torchopt_passes.deploy.calls import call_arguments, named_inputs, run_source
-from torchopt_passes.deploy.metadata import Metadata, TensorSpec
+from torchopt_passes.deploy.metadata import Metadata, TensorSpec, problems
 from torchopt_passes.deploy.size import compressed_size
 from torchopt_passes.deploy.verify import Verification, compare
 from torchopt_passes.errors import ConfigError, ExportError, VerificationError
@@ -104,7 +104,7 @@ class Artifact:
         Raises:
             VerificationError: the error is larger; gives the figures.
         """
-        call = call_arguments(module, inputs)
+        call = call_arguments(inputs)
         expected = run_source(module, call)
         missing = [spec.name for spec in self.metadata.outputs if spec.name not in expected]
         if missing:
@@ -138,10 +138,10 @@ class Artifact:
         for problem, wrong in (("given twice", twice), ("unknown", unknown), ("missing or no tensor", missing)):
             if wrong:
                 raise ConfigError(f"{self.path.name}: {problem}: {wrong}; it takes {', '.join(map(str, specs))}")
-        wrong = [why for spec in specs if (why := spec.problem(given[spec.name]))]
-        if wrong:
+        tensors = [given[name] for name in names]
+        if wrong := problems(specs, tensors):
             raise ConfigError(f"{self.path.name}: {'; '.join(wrong)}")
-        return [given[name] for name in names]
+        return tensors
 
 
 def open_artifact(path: str | Path) -> Artifact:

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from torchopt_passes.deploy.calls import call_arguments, eval_mode
 from torchopt_passes.errors import ConfigError
-from torchopt_passes.graph.verify import in_eval_mode
 
 __all__ = ["Benchmark", "Timing", "benchmark"]
 
@@ -93,14 +93,14 @@ def benchmark(
     """
     if not candidates or runs < 1 or warmup < 0:
         raise ConfigError(f"benchmark needs candidates and runs >= 1 (got {len(candidates)} candidates, {runs} runs)")
-    args, kwargs = _arguments(inputs)
+    args, kwargs = call_arguments(inputs)
     cuda = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves((args, kwargs)))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     with ExitStack() as stack:
         for candidate in candidates.values():
             if isinstance(candidate, nn.Module):
-                stack.enter_context(in_eval_mode(candidate))
+                stack.enter_context(eval_mode(candidate))
         stack.enter_context(torch.inference_mode())
         for turn in range(warmup + runs):
             for name in names if turn % 2 == 0 else reversed(names):
@@ -113,14 +113,6 @@ def benchmark(
         threads=torch.get_num_threads(),
         warmup=warmup,
     )
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), {str(name): value for name, value in cast("Mapping[Any, Any]", inputs).items()}
-    if isinstance(inputs, list | tuple):
-        return tuple(cast("tuple[Any, ...]", inputs)), {}
-    return (inputs,), {}
 
 
 def _time(candidate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, cuda: bool) -> float:

@@ -18,7 +18,9 @@ from torchopt_passes.graph.verify import Inputs, in_eval_mode
 __all__ = [
     "batch_size",
     "call_arguments",
+    "cause_of",
     "eval_mode",
+    "example_call",
     "named_inputs",
     "resize_batch",
     "run_source",
@@ -26,17 +28,16 @@ __all__ = [
 ]
 
 
-def call_arguments(module: nn.Module, inputs: Any) -> Inputs:
-    """Return example inputs in any accepted form as ``(args, kwargs)``.
+def call_arguments(inputs: Any) -> Inputs:
+    """Return inputs in any accepted form as ``(args, kwargs)``.
+
+    Args:
+        inputs: one value, a tuple or list of positional arguments, a dict of keyword arguments, or ``(args, kwargs)``.
 
     Example:
-        >>> call_arguments(nn.Linear(2, 2), {"input": 1}), call_arguments(nn.Linear(2, 2), (1,))
-        (((), {'input': 1}), ((1,), {}))
+        >>> call_arguments({"input": 1}), call_arguments((1, 2)), call_arguments(1)
+        (((), {'input': 1}), ((1, 2), {}), ((1,), {}))
     """
-    if inputs is None:
-        inputs = cast("dict[str, Any]", getattr(module, "meta", {})).get("example_inputs")
-        if inputs is None:
-            raise ConfigError(f"{type(module).__name__}: example_inputs are needed to trace and verify it")
     if isinstance(inputs, Mapping):
         return (), {str(name): value for name, value in cast("Mapping[Any, Any]", inputs).items()}
     if isinstance(inputs, list | tuple):
@@ -45,6 +46,27 @@ def call_arguments(module: nn.Module, inputs: Any) -> Inputs:
             return cast("Inputs", items)
         return items, {}
     return (inputs,), {}
+
+
+def example_call(module: nn.Module, inputs: Any) -> Inputs:
+    """Return the example call of a module: `inputs`, or what a captured graph remembers.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    if inputs is None:
+        inputs = cast("dict[str, Any]", getattr(module, "meta", {})).get("example_inputs")
+    if inputs is None:
+        raise ConfigError(f"{type(module).__name__}: example_inputs are needed to trace and verify it")
+    return call_arguments(inputs)
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the first line of the innermost cause of an error: compilers wrap theirs several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def named_inputs(module: nn.Module, call: Inputs) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from torchopt_passes.deploy.artifact import Artifact, verified
 from torchopt_passes.deploy.base import Runner, Target, make_target
-from torchopt_passes.deploy.calls import call_arguments, resize_batch
+from torchopt_passes.deploy.calls import call_arguments, cause_of, resize_batch
 from torchopt_passes.deploy.files import staged
 from torchopt_passes.deploy.metadata import Metadata, library_versions
 from torchopt_passes.deploy.program import Dynamic, Program, read_program
@@ -80,15 +80,14 @@ def export(
     path = Path(path)
     chosen = make_target(path, target, options)
     chosen.require()
-    program = read_program(
-        module, example_inputs, dynamic=dynamic, outputs=tuple(outputs) if outputs is not None else None
-    )
-    metadata = _metadata(chosen, program, plan, note)
+    kept = tuple(outputs) if outputs is not None else None
     with staged(path) as draft:
+        program = read_program(module, example_inputs, dynamic=dynamic, outputs=kept)
+        metadata = _metadata(chosen, program, plan, note)
         metadata = replace(metadata, facts=_write(chosen, program, draft))
         runner = chosen.load(draft, metadata)
         if verify:
-            calls = [*_calls(program), *(call_arguments(module, inputs) for inputs in verify_inputs)]
+            calls = [*_calls(program), *(call_arguments(inputs) for inputs in verify_inputs)]
             metadata = verified(metadata, _verify(chosen, program, draft, runner, calls, tolerance))
         chosen.stamp(draft, metadata)
         chosen.read_metadata(draft)
@@ -102,8 +101,8 @@ def _write(target: Target, program: Program, path: Path) -> dict[str, str]:
     except (TorchOptError, OSError):
         raise
     except Exception as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-        raise ExportError(f"target {target.name!r} cannot take {type(program.source).__name__}: {lines[0]}") from error
+        name = type(program.source).__name__
+        raise ExportError(f"target {target.name!r} cannot take {name}: {cause_of(error)}") from error
 
 
 def _calls(program: Program) -> list[Inputs]:

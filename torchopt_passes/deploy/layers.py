@@ -10,20 +10,6 @@ from torch import fx
 __all__ = ["count_layers", "is_quantized"]
 
 _aten = torch.ops.aten
-_LAYERS = {
-    "conv": {
-        _aten.conv1d.default,
-        _aten.conv2d.default,
-        _aten.conv2d.padding,
-        _aten.conv1d.padding,
-        _aten.conv3d.default,
-        _aten.conv_transpose1d.default,
-        _aten.conv_transpose2d.input,
-        _aten.convolution.default,
-    },
-    "linear": {_aten.linear.default, _aten.addmm.default, _aten.mm.default},
-    "matmul": {_aten.matmul.default, _aten.bmm.default, _aten.scaled_dot_product_attention.default},
-}
 # what a dequantized tensor may pass on its way into a layer
 _MOVES = {
     _aten.t.default,
@@ -41,17 +27,19 @@ def is_quantized(graph_module: fx.GraphModule) -> bool:
 
 
 def count_layers(graph_module: fx.GraphModule) -> dict[str, int]:
-    """Count the layers by kind and precision, such as ``{"conv int8": 20, "linear float": 1}``.
+    """Count the matrix operations by kind and precision, such as ``{"conv2d int8": 20, "linear float": 1}``.
 
-    A layer is int8 when both its data and its weight come out of a dequantize op.
+    One is int8 when both its input and its weight come out of a dequantize op.
     """
+    # here, since opening an artefact must not load the quantization family
+    from torchopt_passes.graph.quantization.targets import KINDS
+
     counts: Counter[str] = Counter()
     for node in graph_module.graph.nodes:
-        for kind, ops in _LAYERS.items():
-            if node.target in ops:
-                first = 1 if node.target is _aten.addmm.default else 0
-                int8 = all(_from_dequantize(arg) for arg in node.args[first : first + 2])
-                counts[f"{kind} {'int8' if int8 else 'float'}"] += 1
+        layer = KINDS.get(node.target)
+        if node.op == "call_function" and layer is not None:
+            int8 = _from_dequantize(node.args[layer.activation]) and _from_dequantize(node.args[layer.weight])
+            counts[f"{layer.kind} {'int8' if int8 else 'float'}"] += 1
     return dict(sorted(counts.items()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torchopt_passes.errors import ConfigError, ExportError
 from torchopt_passes.graph.record import Record
 
-__all__ = ["KEY", "Metadata", "TensorSpec", "library_versions"]
+__all__ = ["KEY", "Metadata", "TensorSpec", "library_versions", "problems"]
 
 KEY = "torchopt_passes"
 _FORMAT = 1
@@ -53,6 +54,26 @@ class TensorSpec(Record):
         if fits and dtype == self.dtype:
             return ""
         return f"{self} is wanted, not {dtype} ({', '.join(map(str, sizes))})"
+
+
+def problems(specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> list[str]:
+    """Return what is wrong with the inputs of a call: shapes, dtypes, and open sizes of one name that differ.
+
+    Example:
+        >>> x, y = (TensorSpec(name=name, dtype="float32", shape=("batch",), example=(2,)) for name in "xy")
+        >>> problems([x, y], [torch.ones(2), torch.ones(3)])
+        ['batch is 2 in x, 3 in y']
+    """
+    found = [why for spec, tensor in zip(specs, tensors, strict=True) if (why := spec.problem(tensor))]
+    sizes: dict[str, dict[int, str]] = {}
+    for spec, tensor in zip(specs, tensors, strict=True):
+        for want, size in zip(spec.shape, tensor.shape, strict=False):
+            if isinstance(want, str):
+                sizes.setdefault(want, {}).setdefault(int(size), spec.name)
+    for name, seen in sizes.items():
+        if len(seen) > 1 and not found:
+            found.append(f"{name} is " + ", ".join(f"{size} in {where}" for size, where in seen.items()))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

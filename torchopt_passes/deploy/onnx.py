@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -57,8 +59,7 @@ class OnnxTarget(Target):
         import onnx
 
         written = _to_onnx(program, self.opset)
-        for node in written.model.graph.all_nodes():
-            node.metadata_props.clear()  # stack traces: half the file, and paths of the user's disk
+        _tidy(written.model.graph, program)
         sizes = [t.numel() * t.element_size() for t in program.exported.state_dict.values()]
         external = self.external_data or sum(sizes) > _TWO_GB
         written.save(str(path), external_data=external)
@@ -91,30 +92,30 @@ class OnnxTarget(Target):
     @classmethod
     def load(cls, path: Path, metadata: Metadata) -> Runner:
         """Open a session with all graph optimizations."""
-        return _Session(_session(path.read_bytes() if not _data(path).exists() else str(path)), metadata)
+        return _Session(_session(str(path)), metadata)
 
     def first_difference(self, program: Program, path: Path, inputs: Sequence[torch.Tensor], tolerance: float) -> str:
         """Run the ONNX graph with all its values as outputs, and name the first that differs from torch's."""
-        del path
         import onnx
 
-        written = _to_onnx(program, self.opset)
-        reference = written.exported_program
+        # the same decompositions as when the file was written, so that its values have the same names
+        reference = _to_onnx(program, self.opset).exported_program
         values = _Recorder(reference.module(check_guards=False))
         with torch.no_grad():
             values.run(*inputs)
-        model = onnx.shape_inference.infer_shapes(written.model_proto)
+        (end,) = reference.graph.find_nodes(op="output")
+        layers = {name: name for name in values.record}
+        layers |= {spec.name: node.name for spec, node in zip(program.outputs, end.args[0], strict=True)}
+        model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
         known = {value.name for value in model.graph.output}
-        order = [name for node in model.graph.node for name in node.output if name in values.record]
+        order = [name for node in model.graph.node for name in node.output if layers.get(name) in values.record]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in order if name not in known)
         session = _session(model.SerializeToString(), optimize=False)
-        results = dict(
-            zip([o.name for o in session.get_outputs()], session.run(None, _feeds(session, inputs)), strict=True)
-        )
-        for name in order:
-            error = relative_error(torch.from_numpy(results[name].copy()), values.record[name].cpu())
+        found = dict(zip(order, session.run(order, _feeds(session, inputs)), strict=True))
+        for name, array in found.items():
+            error = relative_error(torch.from_numpy(array.copy()), values.record[layers[name]].cpu())
             if error > tolerance:
-                return f"first layer that differs: {name} (error {error:.1e})"
+                return f"first layer that differs: {layers[name]} (error {error:.1e})"
         return "every layer agrees without graph optimizations: the difference comes from the runtime's fusions"
 
 
@@ -163,6 +164,21 @@ def _to_onnx(program: Program, opset: int) -> Any:
     return written
 
 
+def _tidy(graph: Any, program: Program) -> None:
+    """Give open sizes our names, and drop the exporter's notes: half the file, with paths of the user's disk."""
+    names: dict[str, str] = {}
+    for value, spec in zip(graph.inputs, program.inputs, strict=True):
+        names |= {str(dim): size for dim, size in zip(value.shape, spec.shape, strict=True) if isinstance(size, str)}
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
+    nodes = list(graph.all_nodes())
+    for value in (*graph.inputs, *(output for node in nodes for output in node.outputs)):
+        for place, dim in enumerate(value.shape or ()):
+            if symbol is not None and symbol.search(str(dim)):
+                value.shape[place] = symbol.sub(lambda match: names[match[0]], str(dim))
+    for node in nodes:
+        node.metadata_props.clear()
+
+
 def _session(model: Any, *, optimize: bool = True, save_to: Path | None = None) -> Any:
     import onnxruntime as ort
 
@@ -201,17 +217,15 @@ def _feeds(session: Any, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
     return {name: value.detach().cpu().contiguous().numpy() for name, value in zip(names, inputs, strict=True)}
 
 
-def _data(path: Path) -> Path:
-    return path.with_name(f"{path.name}.data")
-
-
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Keep torch.onnx from logging that torchvision is absent."""
+    """Keep torch.onnx from logging that torchvision is absent, and from warning of how it copies a tree spec."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            yield
     finally:
         logger.setLevel(level)

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from torchopt_passes.deploy.calls import (
     batch_size,
-    call_arguments,
+    cause_of,
     eval_mode,
+    example_call,
     named_inputs,
     resize_batch,
     run_source,
@@ -89,7 +90,7 @@ def read_program(
         ConfigError: example inputs are missing or do not fit the module's ``forward``.
         ExportError: ``torch.export`` cannot trace the module.
     """
-    call = call_arguments(module, example_inputs)
+    call = example_call(module, example_inputs)
     roomy = _of_batch_two(call) if dynamic == "auto" else call
     try:
         program = _read(module, roomy, dynamic, outputs)
@@ -106,9 +107,9 @@ def read_program(
 def _read(module: nn.Module, call: Inputs, dynamic: Dynamic, outputs: tuple[str, ...] | None) -> Program:
     # one object passed twice would be taken for one input
     call = cast("Inputs", pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), call))
+    named = named_inputs(module, call)
     graph = module if isinstance(module, fx.GraphModule) else _trace(module, call, dynamic)
     inference = to_inference(graph, outputs)
-    named = named_inputs(module, call)
     names: tuple[str, ...] = inference.meta["input_names"]
     tensors = tuple(named.get(name) for name in names)
     for name, tensor in zip(names, tensors, strict=True):
@@ -117,7 +118,8 @@ def _read(module: nn.Module, call: Inputs, dynamic: Dynamic, outputs: tuple[str,
                 f"input {name!r} of {type(module).__name__} needs an example tensor; given: {sorted(named)}"
             )
     examples = cast("tuple[torch.Tensor, ...]", tensors)
-    shapes = tuple(_dims(name, tensor, batch_size(call), dynamic) for name, tensor in zip(names, examples, strict=True))
+    batch = batch_size(call)
+    shapes = tuple(_dims(name, tensor, batch, dynamic) for name, tensor in zip(names, examples, strict=True))
     exported = _export(inference, examples, {}, shapes, type(module).__name__)
     nodes = exported.graph.find_nodes(op="placeholder")[-len(names) :]
     (output,) = exported.graph.find_nodes(op="output")
@@ -130,10 +132,10 @@ def _read(module: nn.Module, call: Inputs, dynamic: Dynamic, outputs: tuple[str,
         exported=exported,
         example=call,
         inputs=tuple(
-            _spec(name, node, tensor, symbols) for name, node, tensor in zip(names, nodes, examples, strict=True)
+            _spec(name, node, tensor, symbols, batch) for name, node, tensor in zip(names, nodes, examples, strict=True)
         ),
         outputs=tuple(
-            _spec(name, node, results[name], symbols) for name, node in zip(kept, output.args[0], strict=True)
+            _spec(name, node, results[name], symbols, batch) for name, node in zip(kept, output.args[0], strict=True)
         ),
         dropped_inputs=inference.meta["dropped_inputs"],
         dropped_outputs=inference.meta["dropped_outputs"],
@@ -169,9 +171,8 @@ def _export(
         with torch.no_grad():
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         raise ExportError(
-            f"torch.export cannot trace {name}: {lines[0]}. Ways out: dynamic=False, other example inputs, or "
+            f"torch.export cannot trace {name}: {cause_of(error)}. Ways out: dynamic=False, other example inputs, or "
             "deploying a submodule"
         ) from error
 
@@ -196,15 +197,13 @@ def _of_batch_two(call: Inputs) -> Inputs:
     return resize_batch(call, 2) if batch_size(call) == 1 else call
 
 
-def _spec(name: str, node: Any, example: torch.Tensor, symbols: dict[str, str]) -> TensorSpec:
-    """Describe an input or output; symbols get readable names: batch, then the input's own (``input_ids_1``)."""
+def _spec(name: str, node: Any, example: torch.Tensor, symbols: dict[str, str], batch: int | None) -> TensorSpec:
+    """Describe an input or output; open sizes are ``batch`` or called after the first input (``input_ids_1``)."""
     shape: list[int | str] = []
     for dim, size in enumerate(node.meta["val"].shape):
-        if isinstance(size, int):
-            shape.append(size)
-            continue
-        default = "batch" if dim == 0 and "batch" not in symbols.values() else f"{name}_{dim}"
-        shape.append(symbols.setdefault(str(size), default))
+        is_batch = dim == 0 and example.shape[0] == batch
+        default = "batch" if is_batch else f"{name}_{dim}"
+        shape.append(size if isinstance(size, int) else symbols.setdefault(str(size), default))
     return TensorSpec(
         name=name,
         dtype=str(example.dtype).removeprefix("torch."),

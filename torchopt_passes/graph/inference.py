@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from torchopt_passes._compat import output_spec
 from torchopt_passes.errors import ConfigError
+from torchopt_passes.graph.inplace import written_argument
 from torchopt_passes.graph.verify import in_eval_mode
 
 __all__ = ["LOSS", "leaf_names", "named_outputs", "to_inference"]
@@ -157,14 +158,10 @@ def _needed(graph: fx.Graph, outputs: list[fx.Node]) -> set[fx.Node]:
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
     """Yield what an in-place op writes into, and the tensors that this is a view of."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
-        return
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        written = value if argument.alias_info is not None and argument.alias_info.is_write else None
-        while isinstance(written, fx.Node):
-            yield written
-            written = _viewed(written)
+    value = written_argument(node)
+    while value is not None:
+        yield value
+        value = _viewed(value)
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:

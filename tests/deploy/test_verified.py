@@ -1,0 +1,193 @@
+"""A file that does not compute what the model computes is never put in place, and neither is half a file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.deploy.sources import get
+from torchopt_passes.deploy import InductorTarget, OnnxTarget, export
+from torchopt_passes.deploy.files import staged
+from torchopt_passes.deploy.program import Program
+from torchopt_passes.deploy.verify import compare
+from torchopt_passes.errors import ExportError, VerificationError
+
+
+def tamper(path: Path, name: str) -> None:
+    """Change one weight of an ONNX file."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(path))
+    for tensor in model.graph.initializer:
+        if tensor.name == name:
+            array = numpy_helper.to_array(tensor).copy()
+            array.flat[0] += 10
+            tensor.CopyFrom(numpy_helper.from_array(array, name))
+    onnx.save(model, str(path))
+
+
+@pytest.mark.parametrize(
+    ("source", "weight", "layer"), [("plain", "c2.weight", "conv2d_1"), ("plain", "fc.bias", "linear")]
+)
+def test_a_wrong_file_is_refused_by_its_first_wrong_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, weight: str, layer: str
+) -> None:
+    write = OnnxTarget.write
+
+    def wrong(self: OnnxTarget, program: Program, path: Path) -> dict[str, str]:
+        facts = write(self, program, path)
+        tamper(path, weight)
+        return facts
+
+    monkeypatch.setattr(OnnxTarget, "write", wrong)
+    module, inputs = get(source)
+    (tmp_path / "m.onnx").write_bytes(b"the file before")
+    message = (
+        rf"is not what Cnn computes: error \d.*SQNR.*first layer that differs: {layer} \(error.*No file was written"
+    )
+    with pytest.raises(VerificationError, match=message):
+        export(module, tmp_path / "m.onnx", example_inputs=inputs)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_bytes() == b"the file before"
+
+
+def test_verify_false_writes_it_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = OnnxTarget.write
+
+    def wrong(self: OnnxTarget, program: Program, path: Path) -> dict[str, str]:
+        facts = write(self, program, path)
+        tamper(path, "fc.bias")
+        return facts
+
+    monkeypatch.setattr(OnnxTarget, "write", wrong)
+    module, inputs = get("plain")
+    artifact = export(module, tmp_path / "m.onnx", example_inputs=inputs, verify=False)
+    assert artifact.metadata.verification == {}
+    with pytest.raises(VerificationError):
+        artifact.verify(module, inputs)
+
+
+def test_a_batch_that_goes_wrong_is_found(tmp_path: Path) -> None:
+    """The graph of the example is right for the example alone: other batches are compared too."""
+
+    class Baked(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + float(torch.tensor(x.shape[0] > 1))
+
+    with pytest.raises(ExportError):
+        export(Baked(), tmp_path / "m.onnx", example_inputs=(torch.ones(2, 3),))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tolerance_is_obeyed(tmp_path: Path) -> None:
+    module, inputs = get("plain")
+    with pytest.raises(VerificationError, match=r"every layer agrees|first layer that differs"):
+        export(module, tmp_path / "m.onnx", example_inputs=inputs, tolerance=0.0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken runtime"), KeyboardInterrupt(), OSError(28, "No space left")])
+@pytest.mark.parametrize("target", [OnnxTarget, InductorTarget])
+def test_a_failure_half_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, target: Any
+) -> None:
+    def write(self: Any, program: Program, path: Path) -> dict[str, str]:
+        del self, program
+        path.write_bytes(b"half a file")
+        raise error
+
+    monkeypatch.setattr(target, "write", write)
+    module, inputs = get("plain")
+    wanted = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ExportError
+    with pytest.raises(wanted, match=None if wanted is KeyboardInterrupt else r"broken runtime|No space left"):
+        export(module, tmp_path / f"m{target.suffix}", example_inputs=inputs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_places_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxTarget, "write", lambda *_: pytest.fail("worked for nothing"))
+    module, inputs = get("plain")
+    with pytest.raises(ExportError, match=r"the folder .*absent' does not exist: make it first"):
+        export(module, tmp_path / "absent" / "m.onnx", example_inputs=inputs)
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ExportError, match="is a folder: name a file"):
+        export(module, tmp_path / "folder.onnx", example_inputs=inputs)
+    with pytest.raises(ExportError, match="cannot write into"):
+        export(module, "/proc/m.onnx", example_inputs=inputs)
+
+
+def test_a_killed_export_leaves_no_file_and_its_leftovers_go_with_the_next(tmp_path: Path) -> None:
+    code = (
+        "import time, pathlib, sys;"
+        "from torchopt_passes.deploy.files import staged\n"
+        f"with staged(pathlib.Path({str(tmp_path)!r}) / 'm.onnx') as draft:\n"
+        "    draft.write_bytes(b'half'); print('ready', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"ready\n"
+    with staged(tmp_path / "m.onnx") as draft:  # the other one is alive: hands off
+        assert len(list(tmp_path.iterdir())) == 2
+        draft.write_bytes(b"mine")
+    assert (tmp_path / "m.onnx").read_bytes() == b"mine"
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert len(list(tmp_path.iterdir())) == 2
+    with staged(tmp_path / "m.onnx") as draft:
+        draft.write_bytes(b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_bytes() == b"new"
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(b"old")
+    with staged(path) as draft:
+        draft.write_bytes(b"new")
+        draft.with_name("m.data").write_bytes(b"weights")
+        assert path.read_bytes() == b"old"
+        assert not (tmp_path / "m.data").exists()
+    assert path.read_bytes() == b"new"
+    assert (tmp_path / "m.data").read_bytes() == b"weights"
+    assert time.time() - path.stat().st_mtime < 60
+
+
+def test_compare_by_the_formulas() -> None:
+    a, b = torch.tensor([[1.0, 2.0, 4.5]]), torch.tensor([[1.0, 3.0, 4.0]])
+    exact = compare([[a]], [[b]], precision="float32")
+    assert exact.error == pytest.approx(1.0 / 4.0)
+    assert exact.tolerance == 1e-4
+    assert not exact.passed
+    norm = compare([[a]], [[b]], precision="int8", tolerance=0.3)
+    assert norm.error == pytest.approx((1.25 / 26) ** 0.5)
+    assert norm.passed
+    assert norm.sqnr == pytest.approx(10 * torch.log10(torch.tensor(26 / 1.25)).item(), abs=1e-4)
+    assert norm.agreement == 1.0
+    assert compare([[b, b]], [[b, b]], precision="int8").error == 0.0
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize(
+    "actual", [torch.full((2, 3), float("nan")), torch.ones(3, 2), torch.full((2, 3), float("inf")), -torch.ones(2, 3)]
+)
+def test_compare_never_passes_nonsense(precision: str, actual: torch.Tensor) -> None:
+    result = compare([[torch.ones(2, 3), actual]], [[torch.ones(2, 3), torch.ones(2, 3)]], precision=precision)
+    assert not result.passed
+    assert result.sqnr < 10
+
+
+def test_compare_takes_the_worst_call_and_output() -> None:
+    good, bad = torch.ones(2, 3), torch.ones(2, 3) * 1.5
+    result = compare([[good, good], [good, bad]], [[good, good], [good, good]], precision="float32")
+    assert result.error == pytest.approx(0.5)
+    assert result.calls == 2
