@@ -8,7 +8,15 @@ from torch import fx, nn
 from torchopt_passes.graph.batch_norm import BatchNorm
 from torchopt_passes.graph.tensors import find_owner
 
-__all__ = ["erase_unused", "forget_batches", "free_name", "get_state", "remove_unused_state", "store"]
+__all__ = [
+    "erase_unused",
+    "forget_batches",
+    "free_name",
+    "get_state",
+    "remove_empty_modules",
+    "remove_unused_state",
+    "store",
+]
 
 
 def get_state(graph_module: fx.GraphModule) -> dict[str, int]:
@@ -36,6 +44,22 @@ def remove_unused_state(graph_module: fx.GraphModule, read_before: dict[str, int
         owner._buffers.pop(name, None)
         owner._non_persistent_buffers_set.discard(name)
     return names
+
+
+def remove_empty_modules(graph_module: fx.GraphModule, names: list[str]) -> None:
+    """Remove the submodules that only held the removed tensors `names`, once new ones are stored."""
+    for path in sorted({fqn.rpartition(".")[0] for fqn in names}, reverse=True):
+        _remove_if_empty(graph_module, path)
+
+
+def _remove_if_empty(module: nn.Module, path: str) -> None:
+    """Remove a submodule that only held state and holds none any more."""
+    owner = module.get_submodule(path)
+    if not path or type(owner) is not nn.Module or owner._parameters or owner._buffers or owner._modules:
+        return
+    parent, _, name = path.rpartition(".")
+    del module.get_submodule(parent)._modules[name]
+    _remove_if_empty(module, parent)
 
 
 def free_name(module: nn.Module, fqn: str) -> str:

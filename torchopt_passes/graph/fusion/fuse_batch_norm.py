@@ -13,7 +13,14 @@ from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.batch_norm import BatchNorm, batch_norms, foldable_into
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
-from torchopt_passes.graph.state import erase_unused, forget_batches, get_state, remove_unused_state, store
+from torchopt_passes.graph.state import (
+    erase_unused,
+    forget_batches,
+    get_state,
+    remove_empty_modules,
+    remove_unused_state,
+    store,
+)
 from torchopt_passes.graph.tensors import aliases, find_owner, get_tensor
 
 __all__ = ["FoldBatchNorm", "FuseBatchNorm"]
@@ -81,9 +88,10 @@ class FoldBatchNorm(Edit):
                 dim=self.channel_dim,
             )
         if isinstance(module, fx.GraphModule):
-            self._rewire(module)
+            removed = self._rewire(module)
             store(module, self.target, weight, parameter=True, requires_grad=trained)
             store(module, self.bias, shift, parameter=True, requires_grad=trained)
+            remove_empty_modules(module, removed)
             return
         parent, _, child = self.batch_norm.rpartition(".")
         setattr(module.get_submodule(parent), child, nn.Identity())
@@ -94,7 +102,7 @@ class FoldBatchNorm(Edit):
             else:
                 bias.copy_(shift)
 
-    def _rewire(self, graph_module: fx.GraphModule) -> None:
+    def _rewire(self, graph_module: fx.GraphModule) -> list[str]:
         graph = graph_module.graph
         operation, norm = _find(graph, self)
         before = get_state(graph_module)
@@ -106,7 +114,7 @@ class FoldBatchNorm(Edit):
         norm.node.replace_all_uses_with(operation)
         forget_batches(graph_module, norm)
         erase_unused(norm.node)
-        remove_unused_state(graph_module, before)
+        return remove_unused_state(graph_module, before)
 
 
 def _find(graph: fx.Graph, edit: FoldBatchNorm) -> tuple[fx.Node, BatchNorm]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -43,7 +43,7 @@ class LowerQuantizer(Edit):
             raise PlanError(f"{self.quantizer!r} has seen no data")
 
     @classmethod
-    def apply_all(cls, module: nn.Module, edits: Sequence[Self]) -> None:
+    def apply_all(cls, module: nn.Module, edits: Sequence[Any]) -> None:
         """Lower them all: a weight's integers can take its name once all its float uses are gone."""
         if not isinstance(module, fx.GraphModule):
             raise PlanError("only a captured graph can be converted")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any
 
 from torch import fx, nn
 
@@ -73,7 +73,7 @@ class FakeQuantize(Edit):
             raise PlanError(f"{self.batch_norm!r} is no batch norm with running statistics")
 
     @classmethod
-    def apply_all(cls, module: nn.Module, edits: Sequence[Self]) -> None:
+    def apply_all(cls, module: nn.Module, edits: Sequence[Any]) -> None:
         """Insert the fake-quantizers; in-place ops become out-of-place first, so that a rounded value stays itself."""
         if not isinstance(module, fx.GraphModule):
             raise PlanError("fake-quantizers go into a captured graph")
@@ -109,7 +109,7 @@ class FakeQuantize(Edit):
         order = {node: position for position, node in enumerate(graph.nodes)}
         last = max((n for n in (value, *extra) if n is not None), key=order.__getitem__)
         with graph.inserting_after(last):
-            kwargs = {"follow": True} if self.follow else {}
+            kwargs: dict[str, Any] = {"follow": True} if self.follow else {}
             rounded = graph.call_module(f"{CONTAINER}.{self.quantizer}", (value, *extra), kwargs)
         for key in ("val", "stack_trace", "nn_module_stack"):
             if key in value.meta:

@@ -8,11 +8,13 @@ eval(), and rewrites every convolution and batch norm by a pattern with eps 1e-5
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from torchopt_passes._compat import decomposed_ops
 from torchopt_passes.errors import PassError
@@ -21,7 +23,16 @@ from torchopt_passes.graph.batch_norm import BatchNorm
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer
 from torchopt_passes.graph.quantization.operations import is_static
 from torchopt_passes.graph.quantization.targets import KINDS
-from torchopt_passes.graph.state import erase_unused, forget_batches, free_name, get_state, remove_unused_state, store
+from torchopt_passes.graph.state import (
+    erase_unused,
+    forget_batches,
+    free_name,
+    get_state,
+    remove_empty_modules,
+    remove_unused_state,
+    store,
+)
+from torchopt_passes.graph.verify import in_eval_mode
 
 __all__ = ["lower"]
 
@@ -66,12 +77,13 @@ def lower(graph_module: fx.GraphModule, names: Sequence[str], *, fold_weights: b
         owner, _, child = name.rpartition(".")
         del graph_module.get_submodule(owner)._modules[child]
     _drop_empty(graph_module, {name.split(".", maxsplit=1)[0] for name in wanted})
-    remove_unused_state(graph_module, before)
+    removed = remove_unused_state(graph_module, before)
     for node, name, tensor, parameter in stored.items:
         # a float tensor of that name is still read (a tied embedding): then the integers stand beside it
         taken = not tensor.is_floating_point() and free_name(graph_module, name) != name
         node.target = free_name(graph_module, f"{name}_int8" if taken else name)
         store(graph_module, str(node.target), tensor, parameter=parameter)
+    remove_empty_modules(graph_module, removed)
 
 
 def _lower_activation(graph: fx.Graph, node: fx.Node, quantizer: FakeQuantizer) -> None:
@@ -98,8 +110,9 @@ def _lower_activation(graph: fx.Graph, node: fx.Node, quantizer: FakeQuantizer) 
 def _lower_weight(
     graph_module: fx.GraphModule, node: fx.Node, quantizer: FakeQuantizer, stored: _Stored, *, fold_weights: bool
 ) -> None:
-    graph, source = graph_module.graph, node.args[0]
-    weight = static_value(graph_module, source)
+    graph, source = graph_module.graph, node.all_input_nodes[0]
+    with in_eval_mode(graph_module) if source.op != "get_attr" else nullcontext():
+        weight = static_value(graph_module, source)
     norms = _norms_behind(node) if len(node.args) > 1 else []
     if norms:
         scale = quantizer_scale(graph_module, quantizer, norms[0][1])
@@ -204,8 +217,8 @@ def static_value(graph_module: fx.GraphModule, node: Any) -> Any:
             owner, _, name = str(node.target).rpartition(".")
             return getattr(graph_module.get_submodule(owner), name).detach()
         with torch.no_grad():
-            arguments = fx.node.map_arg(node.args, lambda n: static_value(graph_module, n))
-            options = fx.node.map_arg(node.kwargs, lambda n: static_value(graph_module, n))
+            arguments = map_arg(node.args, lambda n: static_value(graph_module, n))
+            options = map_arg(node.kwargs, lambda n: static_value(graph_module, n))
             return node.target(*arguments, **options)  # pyright: ignore
     return node
 
