@@ -1,123 +1,77 @@
-"""Training and evaluation mode of a captured graph: every node that depends on the mode says how."""
+"""Train and eval mode of a captured graph: one graph, whose mode-dependent arguments are switched.
+
+A node whose arguments depend on the mode says so itself, in ``node.meta["mode_args"]``: a dict from the argument (its
+position, or its name when it is given by keyword) to the pair (value in train mode, value in eval mode). What depends on the
+mode by structure (stochastic depth, say) meets in a `select` node, whose last argument is such a value. Node metadata is copied
+with the graph, so switching survives deepcopy and every rewrite that keeps its nodes' metadata.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-__all__ = ["MODE_ARGUMENTS", "by_mode", "get_argument", "pin", "set_argument", "set_mode"]
+__all__ = ["FROZEN", "MODE_ARGS", "follow_mode", "select", "set_mode"]
 
-MODE_ARGUMENTS = "mode_arguments"
-"""Key of ``node.meta``: ``{argument: (value in training, value in evaluation)}``."""
+MODE_ARGS = "mode_args"
+"""The key of a node's mode-dependent arguments."""
 
-_aten = torch.ops.aten
-
-
-def by_mode(in_training: Any, in_evaluation: Any, training: bool) -> Any:
-    """Return the first value in training mode, the second in evaluation mode.
-
-    The node that stands in a captured graph where the source takes another path in training than in evaluation
-    (stochastic depth, auxiliary heads, ``if self.training``). `set_mode` sets its last argument.
-    """
-    return in_training if training else in_evaluation
+FROZEN = "bn_frozen"
+"""The key that keeps a node in eval mode always: a batch norm with frozen statistics."""
 
 
-# (argument, value in evaluation) of the ops that torch itself switches by mode
-_KNOWN: dict[Any, tuple[str, Any]] = {
-    _aten.dropout.default: ("train", False),
-    _aten.dropout_.default: ("train", False),
-    _aten.feature_dropout.default: ("train", False),
-    _aten.feature_dropout_.default: ("train", False),
-    _aten.alpha_dropout.default: ("train", False),
-    _aten.alpha_dropout_.default: ("train", False),
-    _aten.feature_alpha_dropout.default: ("train", False),
-    _aten.feature_alpha_dropout_.default: ("train", False),
-    _aten.batch_norm.default: ("training", False),
-    _aten.instance_norm.default: ("use_input_stats", None),
-    _aten.rrelu.default: ("training", False),
-    _aten.rrelu_.default: ("training", False),
-    _aten.scaled_dot_product_attention.default: ("dropout_p", 0.0),
-    _aten.lstm.input: ("train", False),
-    _aten.gru.input: ("train", False),
-    _aten.rnn_tanh.input: ("train", False),
-    _aten.rnn_relu.input: ("train", False),
-}
-
-
-def mark_known(graph: fx.Graph) -> None:
-    """Give the ops of a training graph that torch switches by mode their two values."""
-    for node in graph.nodes:
-        known = _KNOWN.get(node.target) if node.op == "call_function" else None
-        if known is not None and known[1] is not None:
-            now = get_argument(node, known[0])
-            if now:
-                node.meta.setdefault(MODE_ARGUMENTS, {})[known[0]] = (now, known[1])
-
-
-def set_mode(graph_module: fx.GraphModule, training: bool) -> fx.GraphModule:
-    """Switch every mode-dependent node, and the submodules, to training or evaluation.
-
-    What depends on the mode is read from each node's ``meta`` (`MODE_ARGUMENTS`), so passes may move, copy and add
-    nodes; a node pinned with `pin` keeps its value in both modes.
-
-    Args:
-        graph_module: a captured graph, rewritten or not.
-        training: the mode.
-
-    Returns:
-        The same module, recompiled if anything changed.
-    """
-    nn.Module.train(graph_module, training)
-    changed = False
-    for node in graph_module.graph.nodes:
-        for name, values in node.meta.get(MODE_ARGUMENTS, {}).items():
-            value = values[0] if training else values[1]
-            if get_argument(node, name) != value:
-                set_argument(node, name, value)
-                changed = True
-    if changed:
-        graph_module.recompile()
-    return graph_module
-
-
-def pin(node: fx.Node, argument: str, value: Any) -> None:
-    """Fix an argument that the mode would switch: a frozen batch norm has ``training`` False in training too."""
-    node.meta[MODE_ARGUMENTS] = {k: v for k, v in node.meta.get(MODE_ARGUMENTS, {}).items() if k != argument}
-    set_argument(node, argument, value)
-
-
-def get_argument(node: fx.Node, name: str) -> Any:
-    """Return an argument of an operator call by its schema name, its default where the call leaves it out."""
-    position, default = _argument(node, name)
-    if name in node.kwargs:
-        return node.kwargs[name]
-    return node.args[position] if position < len(node.args) else default
-
-
-def set_argument(node: fx.Node, name: str, value: Any) -> None:
-    """Set an argument of an operator call by its schema name.
+@fx.wrap
+def select(train_value: Any, eval_value: Any, training: bool) -> Any:
+    """Return the value of the current mode.
 
     Example:
-        >>> graph_module = torch.export.export(nn.Dropout(0.5), (torch.ones(2),)).module()
-        >>> (node,) = [n for n in graph_module.graph.nodes if n.op == "call_function"]
-        >>> set_argument(node, "train", False)
-        >>> node.args[1:], get_argument(node, "train")
-        ((0.5, False), False)
+        >>> select("dropped", "kept", False)
+        'kept'
     """
-    position, _ = _argument(node, name)
-    if name not in node.kwargs and position < len(node.args):
-        node.update_arg(position, value)
-    else:
-        node.update_kwarg(name, value)
+    return train_value if training else eval_value
 
 
-def _argument(node: fx.Node, name: str) -> tuple[int, Any]:
-    if node.target is by_mode:
-        return 2, True
-    schema = node.target._schema  # pyright: ignore
-    for position, argument in enumerate(schema.arguments):
-        if argument.name == name:
-            return position, argument.default_value
-    raise KeyError(f"{node.target} has no argument {name!r}")
+def follow_mode(node: fx.Node, argument: int | str, train_value: Any, eval_value: Any) -> None:
+    """Make an argument of a node depend on the mode, from the next `set_mode` on.
+
+    Args:
+        node: the node.
+        argument: position or keyword of the argument.
+        train_value: its value in train mode.
+        eval_value: its value in eval mode.
+    """
+    node.meta[MODE_ARGS] = node.meta.get(MODE_ARGS, {}) | {argument: (train_value, eval_value)}
+
+
+def set_mode(graph: fx.Graph, training: bool) -> bool:
+    """Switch every mode-dependent argument of a graph; nodes marked `FROZEN` stay in eval mode.
+
+    Args:
+        graph: the graph of a captured module; the caller recompiles its module when it changed.
+        training: True for train mode.
+
+    Returns:
+        Whether anything changed.
+    """
+    changed = False
+    for node in graph.nodes:
+        mode = training and not node.meta.get(FROZEN, False)
+        for argument, (train_value, eval_value) in node.meta.get(MODE_ARGS, {}).items():
+            changed |= _set(node, argument, train_value if mode else eval_value)
+    return changed
+
+
+def _set(node: fx.Node, argument: int | str, value: Any) -> bool:
+    if isinstance(argument, str):
+        if node.kwargs.get(argument) == value and argument in node.kwargs:
+            return False
+        node.kwargs = {**node.kwargs, argument: value}
+        return True
+    if node.args[argument] == value:
+        return False
+    args = list(node.args)
+    args[argument] = value
+    node.args = tuple(args)
+    return True
