@@ -60,16 +60,6 @@ def output_spec(graph_module: fx.GraphModule) -> pytree.TreeSpec | None:
     return info.out_spec if info is not None else None
 
 
-def share_codegen(graph: fx.Graph) -> None:
-    """Let copies of a graph share its code generator instead of copying it.
-
-    The generator holds the input and output structures, which nobody changes; copying a leaf of one warns.
-    """
-    kind = type(graph._codegen)
-    shared = type(kind.__name__, (kind,), {"__deepcopy__": lambda self, memo: self})
-    graph._codegen.__class__ = shared
-
-
 def aoti_compile(exported: ExportedProgram, path: Path, options: dict[str, Any]) -> None:
     """Compile a program ahead of time into a ``.pt2`` package; `options` are inductor's, for this call only.
 
