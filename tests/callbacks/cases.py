@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from tests.callbacks.loops import Example, ragged_tokens, tiny_bert
+from tests.callbacks.loops import Example, captured_net, conv_net, images, quantized_net, ragged_tokens, tiny_bert
 from torchopt_passes import callbacks
-from torchopt_passes.callbacks import Callback, Distillation, GradualPruning
+from torchopt_passes.callbacks import Callback, Distillation, GradualPruning, QuantizationSchedule
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,16 @@ class Case:
     """Args:
     make: a fresh callback, as a resumed process would make it.
     model: a fresh student with the same weights each time; `dropout` asks for randomness in its forward.
-    data: the examples.
+    data: the examples; not all of their labels count.
     extra_state: endings of the state_dict keys that the callback may add while it is installed.
+    settled: the callback for which micro-batches do not see each other; None for `make`.
     """
 
     make: Callable[[], Callback]
     model: Callable[[float], nn.Module] = field(default=tiny_bert)
     data: Callable[[int], Sequence[Example]] = field(default=ragged_tokens)
     extra_state: tuple[str, ...] = ()
+    settled: Callable[[], Callback] | None = None
 
 
 CASES: dict[str, Case] = {
@@ -32,7 +34,23 @@ CASES: dict[str, Case] = {
         make=lambda: GradualPruning(sparsity=0.6, start=1, end=5, every=1, skip=("classifier",)),
         extra_state=("weight_mask",),
     ),
+    "GradualPruning-captured": Case(
+        make=lambda: GradualPruning(sparsity=0.6, start=0.2, end=0.8, scope="global"),
+        model=quantized_net,
+        data=images,
+        extra_state=("weight_mask",),
+    ),
     "Distillation": Case(make=lambda: Distillation(tiny_bert(seed=7).train(), alpha=0.3, temperature=3.0)),
+    "Distillation-captured": Case(
+        make=lambda: Distillation(conv_net(0.5, seed=7), form="ce", scale_t2=False), model=captured_net, data=images
+    ),
+    "QuantizationSchedule": Case(
+        make=lambda: QuantizationSchedule(observer_off=0.4, freeze_bn=0.6),
+        model=quantized_net,
+        data=images,
+        # until then ranges and batch statistics are those of a micro-batch, by their nature
+        settled=lambda: QuantizationSchedule(observer_off=0, freeze_bn=0),
+    ),
 }
 
 

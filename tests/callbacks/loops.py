@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BertConfig, BertForTokenClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from torchopt_passes.callbacks import attach
 from torchopt_passes.callbacks.items import num_items_in_batch
+from torchopt_passes.graph.batch_norm import freeze_batch_norms
+from torchopt_passes.graph.capture import CapturedModule, capture
+from torchopt_passes.graph.quantization import InsertFakeQuant
+from torchopt_passes.graph.quantization.state import set_observers
 
 Example = dict[str, torch.Tensor]
 LEARNING_RATE = 0.02
@@ -45,6 +51,71 @@ def ragged_tokens(count: int, classes: int = 3, length: int = 8, seed: int = 1) 
         tokens = torch.randint(0, 50, (length,), generator=generator)
         examples.append({"input_ids": tokens, "labels": labels})
     examples[-1]["labels"] = torch.full((length,), -100)
+    return examples
+
+
+class ConvNet(nn.Module):
+    """A convolution, a batch norm and a classifier; its forward takes no ``**kwargs``."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> ImageClassifierOutputWithNoAttention:
+        hidden = torch.relu(self.bn(self.conv(pixel_values))).mean((2, 3))
+        logits = self.fc(self.dropout(hidden))
+        loss = nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+
+
+def conv_net(dropout: float = 0.0, seed: int = 0) -> ConvNet:
+    torch.manual_seed(seed)
+    return ConvNet(dropout)
+
+
+def captured_net(dropout: float = 0.0) -> CapturedModule:
+    """The graph of a `ConvNet`."""
+    return copy.deepcopy(_captured_once(dropout))
+
+
+def quantized_net(dropout: float = 0.0) -> CapturedModule:
+    """The graph of a `ConvNet` with fake-quantizers that have seen one batch."""
+    return copy.deepcopy(_quantized_once(dropout))
+
+
+@functools.cache
+def _captured_once(dropout: float) -> CapturedModule:
+    return capture(conv_net(dropout), (), collate(images(4)))
+
+
+@functools.cache
+def _quantized_once(dropout: float) -> CapturedModule:
+    graph_module = captured_net(dropout)
+    InsertFakeQuant(target="onnx")(graph_module)
+    graph_module.train()
+    with torch.random.fork_rng(), torch.no_grad():
+        graph_module(**collate(images(4)))
+    return graph_module
+
+
+def uncoupled(model: nn.Module) -> nn.Module:
+    """The model without what depends on who shares a micro-batch: batch statistics and the learning of ranges."""
+    if isinstance(model, CapturedModule):
+        freeze_batch_norms(model, True)
+        set_observers(model, False)
+    return model
+
+
+def images(count: int) -> list[Example]:
+    """Images with a class each, but for every third."""
+    generator = torch.Generator().manual_seed(1)
+    examples: list[Example] = []
+    for index in range(count):
+        label = torch.tensor(-100) if index % 3 == 2 else torch.randint(0, 3, (), generator=generator)
+        examples.append({"pixel_values": torch.randn(1, 6, 6, generator=generator), "labels": label})
     return examples
 
 
@@ -106,7 +177,6 @@ def train_plain(
     """The loop a user writes; returns a checkpoint taken after `stop` steps, as a user would save it."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    checkpoint: dict[str, Any] = {}
     with attach(model, optimizer, callbacks, total_steps=steps) as session:
         if resume is not None:
             model.load_state_dict(resume["model"])
@@ -124,7 +194,7 @@ def train_plain(
             optimizer.zero_grad()
             if seen is not None:
                 seen(step + 1, model)
-        checkpoint = copy.deepcopy(
+        return copy.deepcopy(
             {
                 "model": dict(model.state_dict()),
                 "optimizer": optimizer.state_dict(),
@@ -132,7 +202,6 @@ def train_plain(
                 "rng": torch.get_rng_state(),
             }
         )
-    return checkpoint
 
 
 class FirstGradient(TrainerCallback):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers import TrainerCallback
 
 from tests.callbacks.cases import CASES, Case, exported
@@ -23,6 +23,7 @@ from tests.callbacks.loops import (
     same_state,
     train_plain,
     trainer_gradient,
+    uncoupled,
 )
 from torchopt_passes.callbacks import Callback, attach
 from torchopt_passes.errors import CallbackError
@@ -35,7 +36,7 @@ def hooks_of(model: nn.Module) -> int:
 
 
 def test_every_exported_callback_has_a_case() -> None:
-    assert exported() == set(CASES)
+    assert exported() == {name.partition("-")[0] for name in CASES}
 
 
 def test_every_event_of_the_trainer_is_there() -> None:
@@ -94,9 +95,10 @@ def test_gradient_accumulation_changes_nothing(case: Case, loop: str, tmp_path: 
     data = case.data(8)
 
     def gradient(accumulate: int) -> list[torch.Tensor]:
+        callback = (case.settled or case.make)()
         if loop == "plain":
-            return plain_gradient(case.model(0.0), data, [case.make()], accumulate=accumulate)
-        return trainer_gradient(case.model(0.0), data, tmp_path, [case.make()], accumulate=accumulate)
+            return plain_gradient(uncoupled(case.model(0.0)), data, [callback], accumulate=accumulate)
+        return trainer_gradient(uncoupled(case.model(0.0)), data, tmp_path, [callback], accumulate=accumulate)
 
     whole = gradient(1)
     for accumulate in (4, 8):
@@ -195,15 +197,16 @@ def test_copies_and_pickles_of_the_student_are_plain_models(case: Case) -> None:
     model, callback = case.model(0.0), case.make()
     batch = collate(case.data(4))
     expected = case.model(0.0).train()(**batch).loss
-    size = io.BytesIO()
-    torch.save(case.model(0.0), size)
     with attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [callback], total_steps=9):
         model.train()
         assert torch.equal(copy.deepcopy(model)(**batch).loss, expected)
-        buffer = io.BytesIO()
+        if isinstance(model, fx.GraphModule):
+            return  # pickled as code, without hooks
+        bare, buffer = io.BytesIO(), io.BytesIO()
+        torch.save(case.model(0.0), bare)
         torch.save(model, buffer)
         masks = sum(t.numel() for name, t in model.state_dict().items() if name.endswith("_mask"))
-        assert buffer.tell() < size.tell() + masks + 20_000  # no teacher in it
+        assert buffer.tell() < bare.tell() + masks + 20_000  # no teacher in it
         buffer.seek(0)
         loaded = torch.load(buffer, weights_only=False)
         assert torch.equal(loaded(**batch).loss, expected)
