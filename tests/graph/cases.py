@@ -10,6 +10,8 @@ from torch import fx
 
 import torchopt_passes as top
 from tests.models import ZOO, build
+from torchopt_passes.graph.fusion import FuseBatchNorm
+from torchopt_passes.graph.quantization import Calibrate, ConvertQuantized, InsertFakeQuant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class PassCase:
         models: the zoo models on which it finds something to do.
         calibrated: whether it needs batches.
         idempotent: whether a second run finds nothing to do.
+        keeps_objects: whether parameters that keep their name stay the same objects.
         bad: options that must be refused.
     """
 
@@ -29,6 +32,7 @@ class PassCase:
     before: tuple[Callable[[], top.GraphPass], ...] = ()
     models: tuple[str, ...] = tuple(ZOO)
     calibrated: bool = False
+    keeps_objects: bool = True
     bad: tuple[dict[str, object], ...] = field(default=({"no_such_option": 1},))
 
     def start(self, model: str) -> tuple[fx.GraphModule, top.PassContext]:
@@ -45,10 +49,33 @@ def _prune() -> top.GraphPass:
     return top.PruneWeights(sparsity=0.5)
 
 
+def _prepare() -> top.GraphPass:
+    return InsertFakeQuant(target="onnx", qat=False)
+
+
+def _calibrate() -> top.GraphPass:
+    return Calibrate()
+
+
 CASES: dict[str, PassCase] = {
     "prune_weights": PassCase(
         make=_prune,
         bad=({"sparsity": 1.0}, {"sparsity": "0.5"}, {"sparsity": 0.5, "threshold": 0.1}, {"sparsty": 0.5}, {}),
+    ),
+    # folding makes new tensors: the captured graph shares the old ones with the source, which stays as it is
+    "fuse_batch_norm": PassCase(make=FuseBatchNorm, models=("conv_residual",), keeps_objects=False),
+    "insert_fake_quant": PassCase(
+        make=lambda: InsertFakeQuant(target="onnx"),
+        bad=({"target": "tpu"}, {"weight_bits": 9}, {"activation_bits": 1}, {"momentum": 0.0}, {"qat": 1}),
+    ),
+    "calibrate": PassCase(
+        make=_calibrate,
+        before=(_prepare,),
+        calibrated=True,
+        bad=({"method": "guess"}, {"max_batches": 0}),
+    ),
+    "convert_quantized": PassCase(
+        make=ConvertQuantized, before=(_prepare, _calibrate), keeps_objects=False, bad=({"fold_weights": 1},)
     ),
     "pipeline": PassCase(make=lambda: top.Pipeline(_prune()), bad=({"passes": [{"no_such_pass": {}}]},)),
 }
