@@ -55,4 +55,4 @@ def test_masked_mean_ignores_what_is_not_valid_even_nan() -> None:
     assert float(mean.detach()) == 2.0
     assert values.grad is not None
     assert values.grad.tolist() == [0.5, 0.0, 0.5]
-    assert float(masked_mean(values, torch.zeros(3, dtype=torch.bool))) == 0.0
+    assert float(masked_mean(values.detach(), torch.zeros(3, dtype=torch.bool))) == 0.0
