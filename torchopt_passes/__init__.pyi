@@ -15,6 +15,11 @@ from .graph.base import on_copy as on_copy
 from .graph.capture import CapturedModule as CapturedModule
 from .graph.capture import capture as capture
 from .graph.capture import release as release
+from .graph.compare import LayerSqnr as LayerSqnr
+from .graph.compare import layer_sqnr as layer_sqnr
+from .graph.cost import LayerCost as LayerCost
+from .graph.cost import ModelCost as ModelCost
+from .graph.cost import measure as measure
 from .graph.edit import Edit as Edit
 from .graph.edit import Skip as Skip
 from .graph.pipeline import Pipeline as Pipeline
@@ -26,5 +31,12 @@ from .graph.registry import pass_types as pass_types
 from .graph.report import PassReport as PassReport
 from .graph.report import Proof as Proof
 from .graph.report import ReportRow as ReportRow
+from .show.plots import scatter as scatter
+from .show.tables import Column as Column
+from .show.tables import Table as Table
+from .show.tables import cost_table as cost_table
+from .show.tables import plan_table as plan_table
+from .show.tables import report_table as report_table
+from .show.tables import sqnr_table as sqnr_table
 
 __version__: str

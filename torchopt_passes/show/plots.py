@@ -1,4 +1,4 @@
-"""Plots, as files: no window, no global state of matplotlib is touched."""
+"""Plots as PNG files; the user's own pyplot state is not touched."""
 
 from __future__ import annotations
 
@@ -14,52 +14,43 @@ def scatter(
     points: Sequence[tuple[str, float, float]],
     path: str | Path,
     *,
-    x_label: str = "size on disk (KiB)",
-    y_label: str = "test accuracy (%)",
+    x: str = "size on disk [MB]",
+    y: str = "accuracy [%]",
     title: str = "",
 ) -> Path:
-    """Draw named points, such as the accuracy of each stage against its size, into a file.
+    """Draw labelled points, accuracy against size by default, into a PNG file.
 
     Args:
-        points: ``(name, x, y)`` for each, in the order of the legend.
-        path: of the file; its suffix says the format (``.png``, ``.svg``, ``.pdf``).
-        x_label: what x is, with its unit.
-        y_label: what y is, with its unit.
+        points: ``(label, x, y)`` for each, in the units that the axis labels name.
+        path: where to; the folder must exist.
+        x: label of the horizontal axis, with its unit.
+        y: label of the vertical axis, with its unit.
         title: above the plot.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: no points, a coordinate that is no finite number, or an unknown suffix.
         MissingExtraError: matplotlib is not installed.
+        ConfigError: there are no points, or the path does not end in ``.png``.
     """
-    from math import isfinite
-
     path = Path(path)
-    if not points or not all(isfinite(x) and isfinite(y) for _, x, y in points):
-        raise ConfigError(f"scatter needs points with finite coordinates, not {list(points)}")
+    if not points:
+        raise ConfigError("there are no points to plot")
+    if path.suffix != ".png":
+        raise ConfigError(f"a plot is a .png file, not {path.name!r}")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plot") from error
-    # a Figure of its own, not pyplot's: the user's backend, figures and style stay as they are
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    known = canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in known:
-        raise ConfigError(f"{path.name!r}: no image format has that suffix; there are {sorted(known)}")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    markers = "osD^vPX*<>hp"
-    for index, (name, x, y) in enumerate(points):
-        # an underscore in front would hide the name from the legend
-        marker = markers[index % len(markers)]
-        axes.scatter([x], [y], s=70, marker=marker, label=name.lstrip("_") or name, alpha=0.85, zorder=3)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    if all(x >= 0 for _, x, _ in points):
-        axes.set_xlim(left=0.0)
+    for number, (label, left, up) in enumerate(points):
+        # the legend names the points: labels beside them would cover each other where stages are alike
+        axes.scatter([left], [up], label=label, marker="os^Dvp*X"[number % 8], s=70, color=f"C{number % 10}")
+    axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize="small")
-    figure.savefig(path, dpi=150)
+    axes.legend(fontsize="small")
+    FigureCanvasAgg(figure).print_png(str(path))
     return path

@@ -1,182 +1,251 @@
-"""One table for everything that is shown: terminal, plain text, Markdown, CSV, data."""
+"""One table renderer for everything the package reports: terminal, Markdown, CSV, plain data."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torchopt_passes.errors import ConfigError
+from torchopt_passes.graph.compare import LayerSqnr
+from torchopt_passes.graph.cost import LayerCost, ModelCost
+from torchopt_passes.graph.plan import Plan
+from torchopt_passes.graph.report import PassReport
 
 if TYPE_CHECKING:
-    import rich.table
+    from rich.table import Table as RichTable
 
-__all__ = ["Cell", "Column", "Table"]
+__all__ = ["Column", "Table", "cost_table", "plan_table", "report_table", "sqnr_table"]
 
-Cell = str | int | float | bool | None
-"""What stands in a cell; None is shown as ``-``, or left empty in CSV."""
+Cell = str | int | float | None
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """One column of a table.
 
     Args:
-        name: the heading.
-        unit: of its values, shown in the heading, such as ``"KiB"``.
-        format: how numbers are shown, as in ``format(value, ".2f")``; CSV and data keep them as they are.
-
-    Example:
-        >>> Column("size", "KiB", ",.1f").heading
-        'size (KiB)'
+        name: what stands in it.
+        unit: of its numbers, put in the header: ``"ms"``, ``"bytes"``.
+        spec: Python format spec of its numbers for reading, such as ``",d"`` or ``".1%"``; data keep full precision.
     """
 
     name: str
     unit: str = ""
-    format: str = ""
+    spec: str = ""
 
     @property
-    def heading(self) -> str:
-        """The name with its unit."""
-        return f"{self.name} ({self.unit})" if self.unit else self.name
+    def header(self) -> str:
+        """Name and unit.
 
-    def show(self, value: Cell) -> str:
-        """Return a value as text."""
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return "-"
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        if isinstance(value, str) or not math.isfinite(value):
-            return str(value)
-        return format(value, self.format or ("" if isinstance(value, int) else ".4g"))
+        Example:
+            >>> Column("latency", "ms").header
+            'latency [ms]'
+        """
+        return f"{self.name} [{self.unit}]" if self.unit else self.name
+
+    def text(self, value: Cell) -> str:
+        """Return a value as it is shown: empty for None, numbers by `spec`."""
+        if value is None:
+            return ""
+        if isinstance(value, str) or not self.spec:
+            return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return format(value, self.spec)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings, rendered in every form from the same data.
+    """Columns and rows, shown in any of four ways.
 
     Args:
-        columns: a `Column` each, or just its name.
-        rows: one value for each column; numbers as numbers.
+        columns: `Column`s, or plain names.
+        rows: one value for each column; None is an empty cell.
         title: above the table.
-        footer: a last row that sums up, set apart; empty for none.
 
     Raises:
-        ConfigError: two columns have one heading, or a row has not one value for each column.
+        ConfigError: a row is not as long as the columns, or two columns have one name.
 
     Example:
-        >>> table = Table([Column("stage"), Column("size", "KiB", ".1f")], [["fp32", 2780.61], ["int8", 714.29]])
-        >>> print(table)
-        stage  size (KiB)
-        fp32       2780.6
-        int8        714.3
+        >>> table = Table([Column("stage"), Column("size", "MB", ".2f")], [("teacher", 1.25), ("int8", 0.3)])
         >>> print(table.markdown())
-        | stage | size (KiB) |
-        | :--- | ---: |
-        | fp32 | 2780.6 |
-        | int8 | 714.3 |
+        | stage   | size [MB] |
+        | ------- | --------: |
+        | teacher |      1.25 |
+        | int8    |      0.30 |
+        >>> table.to_dict()
+        [{'stage': 'teacher', 'size': 1.25}, {'stage': 'int8', 'size': 0.3}]
     """
 
     columns: Sequence[Column | str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Iterable[Sequence[Cell]]
     title: str = ""
-    footer: Sequence[Cell] = ()
+    _columns: tuple[Column, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        columns = tuple(c if isinstance(c, Column) else Column(c) for c in self.columns)
-        object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "rows", tuple(tuple(row) for row in self.rows))
-        object.__setattr__(self, "footer", tuple(self.footer))
-        if len(set(self.headings)) != len(columns):
-            raise ConfigError(f"two columns have one heading: {self.headings}")
-        for row in self._all_rows():
+        columns = tuple(Column(c) if isinstance(c, str) else c for c in self.columns)
+        rows = tuple(tuple(row) for row in self.rows)
+        for row in rows:
             if len(row) != len(columns):
-                raise ConfigError(
-                    f"a row has {len(row)} values for {len(columns)} columns {self.headings}: {list(row)}"
-                )
+                raise ConfigError(f"a row has {len(row)} values for {len(columns)} columns: {row}")
+        names = [column.name for column in columns]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"two columns have one name: {names}")
+        object.__setattr__(self, "_columns", columns)
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "rows", rows)
 
-    @property
-    def headings(self) -> list[str]:
-        """The headings, units included."""
-        return [column.heading for column in self._columns()]
-
-    def rich(self) -> rich.table.Table:
-        """Return the table for rich: ``rich.print(table.rich())``; it wraps to the terminal."""
+    def rich(self) -> RichTable:
+        """Return it as a ``rich`` table, for a console of yours."""
+        from rich.markup import escape
         from rich.table import Table as RichTable
-        from rich.text import Text
 
-        table = RichTable(title=Text(self.title) if self.title else None, title_justify="left")
-        for column, numeric in zip(self._columns(), self._numeric(), strict=True):
-            table.add_column(Text(column.heading), justify="right" if numeric else "left", overflow="fold")
-        for number, row in enumerate(self._all_rows(), start=1):
-            # Text: a name with brackets must not be read as rich's markup
-            table.add_row(*map(Text, self._texts(row)), end_section=number == len(self.rows))
+        table = RichTable(title=escape(self.title) or None)
+        for column, right in zip(self._columns, self._right(), strict=True):
+            table.add_column(escape(column.header), justify="right" if right else "left", overflow="fold")
+        for row in self._texts():
+            table.add_row(*map(escape, row))
         return table
 
-    def __rich__(self) -> rich.table.Table:
+    def __rich__(self) -> RichTable:
         return self.rich()
 
+    def text(self, width: int | None = None) -> str:
+        """Return it as plain text, as the terminal shows it.
+
+        Args:
+            width: in characters; by default as wide as it needs.
+        """
+        from rich.console import Console
+
+        buffer = io.StringIO()
+        Console(file=buffer, width=width or 10_000, color_system=None).print(self.rich())
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).rstrip("\n")
+
     def __str__(self) -> str:
-        grid = [self.headings, *(self._texts(row) for row in self._all_rows())]
-        widths = [max(len(line) for row in grid for line in row[i].split("\n")) for i in range(len(self.columns))]
-        lines = [self._line([cell.replace("\n", " ") for cell in row], widths) for row in grid]
-        if self.footer:
-            lines.insert(-1, "-" * max(map(len, lines)))
-        return "\n".join([self.title, *lines] if self.title else lines)
+        return self.text()
 
     def markdown(self) -> str:
-        """Return the table in GitHub's Markdown; the footer is its last row, in bold."""
-        rows = [self._texts(row) for row in self.rows]
-        if self.footer:
-            rows.append([f"**{text}**" if text else "" for text in self._texts(self.footer)])
-        marks = ["---:" if numeric else ":---" for numeric in self._numeric()]
-        body = [self.headings, *rows]
-        lines = ["| " + " | ".join(map(_escape, row)) + " |" for row in body]
-        lines.insert(1, "| " + " | ".join(marks) + " |")
-        return "\n".join([f"**{_escape(self.title)}**", "", *lines] if self.title else lines)
+        """Return it as a GitHub Markdown table, aligned for reading as it is."""
+        rows = [[_markdown(cell) for cell in row] for row in [[c.header for c in self._columns], *self._texts()]]
+        widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(self._columns))]
+        right = self._right()
+
+        def line(cells: Sequence[str]) -> str:
+            padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+            return f"| {' | '.join(padded)} |"
+
+        rule = ["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
+        return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])
 
     def csv(self) -> str:
-        """Return the table as CSV (RFC 4180): headings first, numbers as they are, the footer left out."""
-        stream = io.StringIO()
-        writer = csv.writer(stream)
-        writer.writerow(self.headings)
+        """Return it as CSV with one header line; numbers in full precision."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow([column.header for column in self._columns])
         writer.writerows(self.rows)
-        return stream.getvalue()
+        return buffer.getvalue()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return title, headings, rows and footer as plain data; a row is a dict by heading."""
-        headings = self.headings
-        return {
-            "title": self.title,
-            "columns": headings,
-            "rows": [dict(zip(headings, row, strict=True)) for row in self.rows],
-            "footer": dict(zip(headings, self.footer, strict=True)) if self.footer else None,
-        }
+    def to_dict(self) -> list[dict[str, Cell]]:
+        """Return the rows as plain data, by column name."""
+        return [{c.name: value for c, value in zip(self._columns, row, strict=True)} for row in self.rows]
 
-    def _columns(self) -> tuple[Column, ...]:
-        return tuple(column for column in self.columns if isinstance(column, Column))
+    def _texts(self) -> list[list[str]]:
+        return [[c.text(value) for c, value in zip(self._columns, row, strict=True)] for row in self.rows]
 
-    def _all_rows(self) -> list[Sequence[Cell]]:
-        return [*self.rows, self.footer] if self.footer else list(self.rows)
-
-    def _texts(self, row: Sequence[Cell]) -> list[str]:
-        return [column.show(value) for column, value in zip(self._columns(), row, strict=True)]
-
-    def _numeric(self) -> list[bool]:
-        """Whether each column holds numbers alone: those are set to the right."""
-        kinds = [{type(row[i]) for row in self.rows} - {type(None)} for i in range(len(self.columns))]
-        return [bool(kind) and kind <= {int, float} for kind in kinds]
-
-    def _line(self, texts: list[str], widths: list[int]) -> str:
-        cells = [
-            text.rjust(width) if numeric else text.ljust(width)
-            for text, width, numeric in zip(texts, widths, self._numeric(), strict=True)
-        ]
-        return "  ".join(cells).rstrip()
+    def _right(self) -> list[bool]:
+        """Return which columns hold numbers alone: they are set to the right."""
+        values = [[row[i] for row in self.rows if row[i] is not None] for i in range(len(self._columns))]
+        return [bool(column) and not any(isinstance(value, str) for value in column) for column in values]
 
 
-def _escape(text: str) -> str:
+def report_table(report: PassReport, *, group: bool = True) -> Table:
+    """Return what a pass changed and skipped, changes first.
+
+    Args:
+        report: of a pass or a pipeline (then a column says which pass).
+        group: put more than three skips of one reason into one row.
+    """
+    parts = list(_leaves(report))
+    several = len(parts) > 1 or bool(report.children)
+    rows: list[tuple[Cell, ...]] = []
+    for part in parts:
+        name = (part.name,) if several else ()
+        rows += [(*name, "changed", r.target, r.what, r.reason, _numbers(r.numbers)) for r in part.changed]
+        skips = _grouped([(r.target, r.reason) for r in part.skipped], group=group)
+        rows += [(*name, "skipped", target, None, reason, None) for target, reason in skips]
+    columns = [*(["pass"] if several else []), "action", "target", "edit", "reason", "numbers"]
+    state = "" if report.modified else "; nothing changed"
+    return Table(columns, rows, title=f"{report.name}, {report.seconds:.2f} s, {report.proof}{state}")
+
+
+def plan_table(plan: Plan, *, group: bool = True) -> Table:
+    """Return the edits of a plan, then its skips, each with its reason.
+
+    Args:
+        plan: any plan.
+        group: put more than three skips of one reason into one row.
+    """
+    rows: list[tuple[Cell, ...]] = [(e.kind, e.target, e.reason, _numbers(e.numbers)) for e in plan.edits]
+    skips = _grouped([(s.target, s.reason) for s in plan.skips], group=group)
+    rows += [("skip", target, reason, None) for target, reason in skips]
+    title = f"plan: {len(plan.edits)} edits, {len(plan.skips)} skips"
+    return Table(["edit", "target", "reason", "numbers"], rows, title=title)
+
+
+def cost_table(cost: ModelCost) -> Table:
+    """Return the cost of each layer that has any, in the order of the model, and the total."""
+    columns = [
+        "layer",
+        Column("parameters", spec=",d"),
+        Column("zeros", spec=".1%"),
+        Column("memory", "bytes", ",d"),
+        Column("MACs", "per sample", ",d"),
+    ]
+
+    def row(layer: LayerCost, name: str) -> tuple[Cell, ...]:
+        sparsity = layer.sparsity if layer.parameters else None
+        return name, layer.parameters, sparsity, layer.bytes, layer.macs
+
+    rows = [row(layer, layer.name or "(model)") for layer in cost.layers]
+    return Table(columns, [*rows, row(cost.total, "total")], title=f"cost, counted on a batch of {cost.batch}")
+
+
+def sqnr_table(rows: Sequence[LayerSqnr]) -> Table:
+    """Return the SQNR of each layer, worst first, and the outputs at the end."""
+    layers = sorted((row for row in rows if row.kind != "output"), key=lambda row: (row.sqnr is None, row.sqnr or 0.0))
+    outputs = [row for row in rows if row.kind == "output"]
+    columns = ["layer", "node", "operation", Column("SQNR", "dB", ".1f"), "note"]
+    cells = [(r.layer or "(model)", r.node, r.kind, r.sqnr, r.note or None) for r in [*layers, *outputs]]
+    return Table(columns, cells, title="signal to quantization noise, worst first")
+
+
+def _leaves(report: PassReport) -> Iterable[PassReport]:
+    if not report.children:
+        yield report
+    for child in report.children:
+        yield from _leaves(child)
+
+
+def _grouped(skips: Sequence[tuple[str, str]], *, group: bool) -> list[tuple[str, str]]:
+    """Return (target, reason) pairs; more than three targets of one reason become one row at the first's place."""
+    counts = Counter(reason for _, reason in skips)
+    rows: list[tuple[str, str]] = []
+    done: set[str] = set()
+    for target, reason in skips:
+        if not group or counts[reason] <= 3:
+            rows.append((target, reason))
+        elif reason not in done:
+            done.add(reason)
+            rows.append((f"{counts[reason]} others, such as {target}", reason))
+    return rows
+
+
+def _numbers(numbers: dict[str, float]) -> str | None:
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()) or None
+
+
+def _markdown(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
