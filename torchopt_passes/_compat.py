@@ -16,12 +16,14 @@ __all__ = [
     "aoti_compile",
     "aoti_load",
     "calling_trainer",
-    "causal_loss_types",
     "compiled_source",
     "copy_graph",
+    "count_shifted_labels",
     "decomposed_ops",
     "flat_inputs",
     "output_spec",
+    "predicts_next_token",
+    "size_guards",
 ]
 
 
@@ -60,6 +62,14 @@ def output_spec(graph_module: fx.GraphModule) -> pytree.TreeSpec | None:
     return info.out_spec if info is not None else None
 
 
+def size_guards(exported: ExportedProgram) -> tuple[str, ...]:
+    """Return the conditions on input sizes that an export assumed, as code: ``L['x'].size()[1] == 4``.
+
+    Torch checks them in a call inside the exported module, or not at all; a training graph must stay free of calls.
+    """
+    return tuple(exported._guards_code)
+
+
 def aoti_compile(exported: ExportedProgram, path: Path, options: dict[str, Any]) -> None:
     """Compile a program ahead of time into a ``.pt2`` package; `options` are inductor's, for this call only.
 
@@ -96,14 +106,34 @@ def calling_trainer() -> Any | None:
     return None
 
 
-def causal_loss_types() -> frozenset[str]:
-    """Return the values of a Transformers model's ``loss_type`` that shift the labels by one.
+def predicts_next_token(model: nn.Module) -> bool:
+    """Return whether a Transformers model shifts its labels by one in its loss.
 
-    The Trainer counts the labels of a step by this table; the counts must agree to the last label.
+    The Trainer looks ``loss_type`` up in a table, which leaves out the heads that reach the same loss by default
+    (GPT-2); those are known by their class.
     """
+    loss_type, config = getattr(model, "loss_type", None), getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return False
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return frozenset(name for name, loss in LOSS_MAPPING.items() if loss is ForCausalLMLoss)
+    if loss_type in LOSS_MAPPING:
+        return LOSS_MAPPING[loss_type] is ForCausalLMLoss
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def count_shifted_labels(trainer: Any, shifted: bool) -> bool:
+    """Make the Trainer count labels for ``num_items_in_batch`` with or without the first of each row.
+
+    Its own answer (see `predicts_next_token`) is off by one label a row for some models, and the loss with it.
+
+    Returns:
+        How it counted before.
+    """
+    before = trainer._loss_shifts_labels
+    trainer._loss_shifts_labels = shifted
+    return before
 
 
 def decomposed_ops() -> Any:
@@ -112,7 +142,7 @@ def decomposed_ops() -> Any:
     The operators exist once the private module that defines them is imported; a graph that holds them needs it too.
     """
     import torch
-    import torch.ao.quantization.fx._decomposed  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    import torch.ao.quantization.fx._decomposed  # pyright: ignore[reportUnusedImport]
 
     return torch.ops.quantized_decomposed
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from torchopt_passes._compat import causal_loss_types
+from torchopt_passes._compat import predicts_next_token
 from torchopt_passes.errors import CallbackError
 
 __all__ = ["IGNORE_INDEX", "count_labels", "num_items_in_batch", "shifts_labels"]
@@ -23,10 +23,9 @@ IGNORE_INDEX = -100
 
 def shifts_labels(model: nn.Module) -> bool:
     """Return whether the model predicts label i + 1 at position i (a causal language model of Transformers)."""
-    loss_type = getattr(model, "loss_type", None)
-    if not isinstance(loss_type, str) or loss_type not in causal_loss_types():
-        return False
-    return not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    source: nn.Module = model.meta["source"] if isinstance(model, fx.GraphModule) and "source" in model.meta else model
+    inside = getattr(source, "get_base_model", None)  # of PEFT
+    return predicts_next_token(inside() if callable(inside) else source)  # pyright: ignore[reportArgumentType]
 
 
 def count_labels(labels: object, *, shifted: bool) -> torch.Tensor:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchopt_passes._compat import calling_trainer
+from torchopt_passes._compat import calling_trainer, count_shifted_labels
+from torchopt_passes.callbacks.items import shifts_labels
 from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError
@@ -110,12 +111,12 @@ def _count_items(trainer: Any, student: Student) -> None:
     sequence_parallel = getattr(getattr(trainer.accelerator, "parallelism_config", None), "sp_enabled", False)
     if own_loss or sequence_parallel:
         return
-    before, wanted = trainer.model_accepts_loss_kwargs, trainer.loss_is_scaled_for_ga is not False
-    if before == wanted:
-        return
-    trainer.model_accepts_loss_kwargs = wanted
+    accepted = trainer.model_accepts_loss_kwargs
+    trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga is not False
+    shifted = count_shifted_labels(trainer, shifts_labels(student.model))
 
     def undo() -> None:
-        trainer.model_accepts_loss_kwargs = before
+        trainer.model_accepts_loss_kwargs = accepted
+        count_shifted_labels(trainer, shifted)
 
     student.at_end(undo)
