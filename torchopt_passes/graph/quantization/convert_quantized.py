@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.calibrate import quantizer_places
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
+from torchopt_passes.graph.quantization.folding import exact_means
 from torchopt_passes.graph.quantization.lowering import lower
 from torchopt_passes.graph.quantization.state import fake_quant_on
 
@@ -72,14 +73,13 @@ class ConvertQuantized(GraphPass):
         inference", equations 1 and 14.
 
     Proof:
-        The converted graph equals the prepared graph in eval mode with rounding on. Folding a batch norm changes
-        float32 rounding in the last bit, and a value that lies on the border of two steps then falls to the other
-        side, so that the two differ by single steps: within 2% of the largest output.
+        The converted graph equals the prepared graph in eval mode with rounding on, in float64 between the float32
+        roundings to the grid, so that a value on the border of two steps falls to the same side. The stored bias is
+        rounded to float32, so the batch norms before get the mean that gives exactly that bias.
     """
 
     claim = "outputs equal those of the fake-quantized graph"
-    tolerance = 2e-2
-    proof_dtype = None
+    tolerance = 1e-6
 
     fold_weights: bool = True
 
@@ -124,5 +124,11 @@ class ConvertQuantized(GraphPass):
         """Round in the graph before."""
         return fake_quant_on(graph_module)
 
+    def reference_state(self, graph_module: fx.GraphModule, plan: Plan) -> Mapping[str, torch.Tensor]:
+        """Return the running means with which the batch norms before give exactly the stored biases, in float64."""
+        lowered = {edit.quantizer for edit in plan.edits if isinstance(edit, LowerQuantizer)}
+        return exact_means(graph_module, lowered)
+
     def _precision(self, graph_module: fx.GraphModule) -> tuple[torch.dtype | None, float]:
-        return None, self.tolerance
+        del graph_module
+        return torch.float64, self.tolerance

@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_arg
 
 from torchopt_passes._compat import decomposed_ops
 from torchopt_passes.errors import PassError
-from torchopt_passes.functional.affine import along, batch_norm_scale, fold_batch_norm, quantize
-from torchopt_passes.graph.batch_norm import BatchNorm
+from torchopt_passes.functional.affine import along, quantize
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer
+from torchopt_passes.graph.quantization.folding import fold_shift, norms_behind, scale_of, static_value
 from torchopt_passes.graph.quantization.operations import is_static
-from torchopt_passes.graph.quantization.targets import KINDS
 from torchopt_passes.graph.state import (
     erase_unused,
-    forget_batches,
     free_name,
     get_state,
     remove_empty_modules,
@@ -113,17 +111,19 @@ def _lower_weight(
     graph, source = graph_module.graph, node.all_input_nodes[0]
     with in_eval_mode(graph_module) if source.op != "get_attr" else nullcontext():
         weight = static_value(graph_module, source)
-    norms = _norms_behind(node) if len(node.args) > 1 else []
+    norms = norms_behind(node) if len(node.args) > 1 else []
     if norms:
-        scale = quantizer_scale(graph_module, quantizer, norms[0][1])
-        weight = weight * along(scale, weight.ndim, quantizer.weight_dim)
+        scale = along(scale_of(graph_module, norms[0][1]), weight.ndim, quantizer.weight_dim)
+        weight = (weight.double() * scale).to(weight.dtype)
     name = _parameter_name(source)
     for user in list(node.users):
         with graph.inserting_before(node):
             back = _rounded_weight(graph, node, name, weight, quantizer, stored, fold_weights=fold_weights)
         user.replace_input_with(node, back)
     for operation, norm in norms:
-        _fold(graph_module, operation, norm, stored, owner=name.rpartition(".")[0])
+        fold_shift(
+            graph_module, operation, norm, owner=name.rpartition(".")[0], add=partial(stored.add, graph, parameter=True)
+        )
     erase_unused(node)
 
 
@@ -159,68 +159,6 @@ def _rounded_weight(
     back = graph.call_function(getattr(ops, f"dequantize_{kind}").default, (rounded, *grid))
     back.meta = _meta(node)
     return back
-
-
-def _norms_behind(node: fx.Node) -> list[tuple[fx.Node, BatchNorm]]:
-    """Return each operation that a folded weight goes into, with its batch norm."""
-    found: list[tuple[fx.Node, BatchNorm]] = []
-    pending = list(node.users)
-    while pending:
-        user = pending.pop(0)
-        if user.target in KINDS:
-            norm = next((n for n in (BatchNorm.of(u) for u in user.users) if n is not None), None)
-            if norm is None:
-                raise PassError(f"the batch norm behind {user.name} is gone: its weight cannot be folded")
-            found.append((user, norm))
-        else:
-            pending += list(user.users)
-    return found
-
-
-def quantizer_scale(graph_module: fx.GraphModule, quantizer: FakeQuantizer, norm: BatchNorm) -> torch.Tensor:
-    """Return what the batch norm multiplies each channel of the weight by, 0 where its gamma is 0."""
-    gamma = None if norm.gamma is None else static_value(graph_module, norm.gamma)
-    return batch_norm_scale(gamma, static_value(graph_module, norm.var), quantizer.bn_eps)
-
-
-def _fold(graph_module: fx.GraphModule, operation: fx.Node, norm: BatchNorm, stored: _Stored, *, owner: str) -> None:
-    """Let an operation take its batch norm's shift as its bias, and remove the batch norm."""
-    graph, position = graph_module.graph, KINDS[operation.target].bias
-    if position is None:
-        raise PassError(f"{operation.name} takes no bias: its batch norm cannot be folded")
-    args = [*operation.args, *([None] * (position + 1 - len(operation.args)))]
-    old = args[position]
-    values = [
-        static_value(graph_module, n) if isinstance(n, fx.Node) else None
-        for n in (old, norm.gamma, norm.beta, norm.mean, norm.var)
-    ]
-    bias, gamma, beta, mean, var = values
-    if mean is None or var is None:
-        raise PassError(f"{norm.node.name} keeps no running statistics: it cannot be folded")
-    empty = torch.ones(len(var), 1, device=var.device)
-    _, shift = fold_batch_norm(empty, bias, gamma=gamma, beta=beta, mean=mean, var=var, eps=norm.eps)
-    name = str(old.target) if isinstance(old, fx.Node) else f"{owner}.bias".removeprefix(".")
-    with graph.inserting_before(operation):
-        args[position] = stored.add(graph, name, shift, parameter=True)
-    operation.args = tuple(args)
-    norm.node.replace_all_uses_with(operation)
-    forget_batches(graph_module, norm)
-    erase_unused(norm.node)
-    if isinstance(old, fx.Node):
-        erase_unused(old)
-
-
-def static_value(graph_module: fx.GraphModule, node: Any) -> Any:
-    """Return the value of a node that depends on parameters and buffers alone."""
-    if isinstance(node, fx.Node):
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            return getattr(graph_module.get_submodule(owner), name).detach()
-        with torch.no_grad():
-            arguments = map_arg(node.args, lambda n: static_value(graph_module, n))
-            options = map_arg(node.kwargs, lambda n: static_value(graph_module, n))
-            return node.target(*arguments, **options)  # pyright: ignore
-    return node
 
 
 def _parameter_name(node: Any) -> str:

@@ -184,6 +184,8 @@ def _why_float(
         return f"float: target {target.name!r} {target.no_kernel[operands.kind]} ({what})"
     if not _floating(operand_nodes):
         return f"float: {what} of {', '.join(_dtypes(operand_nodes))} has no int8 kernel"
+    if operands.kind == "matmul" and weight is None and _inner_size(operand_nodes[0]) == 1:
+        return f"float: {what} is an outer product: there is nothing to sum in int8"
     if operands.kind == "matmul" and weight is None and not target.dynamic_matmul:
         left = operand_nodes[0] if operand_nodes else None
         if left is not None and is_static(left):
@@ -192,6 +194,11 @@ def _why_float(
     if operands.kind != "matmul" and weight is None:
         return f"float: the weight of {what} is computed from the model's input"
     return ""
+
+
+def _inner_size(left: fx.Node) -> object:
+    value = left.meta.get("val")
+    return value.shape[-1] if isinstance(value, torch.Tensor) and value.ndim else None
 
 
 def _floating(nodes: list[fx.Node]) -> bool:
