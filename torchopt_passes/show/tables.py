@@ -102,7 +102,7 @@ class Table:
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        table = RichTable(title=escape(self.title) or None)
+        table = RichTable(title=escape(self.title) or None, title_justify="left")
         for column, right in zip(self._columns, self._right(), strict=True):
             table.add_column(escape(column.header), justify="right" if right else "left", overflow="fold")
         for row in self._texts():
@@ -141,11 +141,11 @@ class Table:
         return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])
 
     def csv(self) -> str:
-        """Return it as CSV with one header line; numbers in full precision."""
+        """Return it as CSV with one header line: numbers in full precision, each row one line."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow([column.header for column in self._columns])
-        writer.writerows(self.rows)
+        writer.writerows([_line(value) if isinstance(value, str) else value for value in row] for row in self.rows)
         return buffer.getvalue()
 
     def to_dict(self) -> list[dict[str, Cell]]:
@@ -248,4 +248,8 @@ def _numbers(numbers: dict[str, float]) -> str | None:
 
 
 def _markdown(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    return _line(text).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.splitlines())
