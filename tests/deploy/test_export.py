@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.deploy.conftest import Exported
-from tests.deploy.sources import get
+from tests.deploy.sources import get, int8
 from torchopt_passes.deploy import Artifact, InductorTarget, OnnxTarget, export, open_artifact, targets
 from torchopt_passes.deploy.calls import run_source
-from torchopt_passes.errors import ConfigError, MissingExtraError
+from torchopt_passes.errors import ConfigError, MissingExtraError, VerificationError
 
 SUFFIXES = (".onnx", ".pt2")
 SOURCES = ("plain", "resnet", "bert", "int8_plain", "int8_bert")
@@ -101,6 +102,28 @@ def test_the_source_is_untouched() -> None:
     assert torch.equal(random, torch.random.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
+
+
+def test_one_input_channel_is_kept_in_float_by_inductor(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler miscompiles such int8 convolutions; if the second part fails, torch is repaired: drop `prepare`."""
+    module, inputs = int8((OneChannel(), {"x": torch.randn(4, 1, 16, 16)}))
+    artifact = export(module, tmp_path / "m.pt2", example_inputs=inputs)
+    assert artifact.metadata.layers == {"conv2d float": 1, "conv2d int8": 1}
+    assert re.fullmatch(r"\S+ \(one input channel\)", artifact.metadata.facts["kept in float"])
+    assert artifact.metadata.verification["error"] < 1e-5
+    monkeypatch.setattr(InductorTarget, "prepare", lambda *_: {})
+    with pytest.raises(VerificationError):
+        export(module, tmp_path / "m.pt2", example_inputs=inputs)
+
+
+class OneChannel(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Conv2d(1, 8, 3, padding=1)
+        self.b = torch.nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -291,8 +314,8 @@ def test_report_has_the_figures(exported: Exported) -> None:
     assert report["bytes"] == artifact.path.stat().st_size
     assert report["precision"] == "int8"
     assert report["conv2d int8"] == 3
-    assert 0 <= report["verified error"] < report["verified tolerance"] == 0.05
-    assert report["verified sqnr"] > 26
+    assert 0 <= report["verified error"] < report["verified tolerance"] == 0.03
+    assert report["verified sqnr"] > 30
     assert report["verified calls"] == 3
     assert report["version torch"] == torch.__version__
     assert open_artifact(artifact.path).report() == report

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import fx
 
 from torchopt_passes.deploy.metadata import Metadata
 from torchopt_passes.deploy.program import Program
@@ -50,6 +51,11 @@ class Target(Record):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _TARGETS[cls.name] = cls
+
+    def prepare(self, graph_module: fx.GraphModule) -> dict[str, str]:
+        """Rewrite the inference graph, ours alone, as this target needs it; return facts for the report."""
+        del graph_module
+        return {}
 
     @abstractmethod
     def write(self, program: Program, path: Path) -> dict[str, str]:

@@ -58,7 +58,7 @@ def export(
         verify: run the file and compare with the module on the example inputs, at batch 1 and at an odd batch too.
         verify_inputs: more calls to compare on, such as real data.
         tolerance: the largest error allowed: for float the largest relative error (1e-4 for float32), for int8 the
-            relative norm ``||a - b|| / ||b||`` (0.05, an SQNR of 26 dB).
+            relative norm ``||a - b|| / ||b||`` (0.03, an SQNR of 30 dB).
         plan: the plan that made the model; its hash goes into the file.
         note: the user's own words that go into the file, say on preprocessing.
         **options: of the target, by name.
@@ -82,9 +82,9 @@ def export(
     chosen.require()
     kept = tuple(outputs) if outputs is not None else None
     with staged(path) as draft:
-        program = read_program(module, example_inputs, dynamic=dynamic, outputs=kept)
+        program = read_program(module, example_inputs, dynamic=dynamic, outputs=kept, prepare=chosen.prepare)
         metadata = _metadata(chosen, program, plan, note)
-        metadata = replace(metadata, facts=_write(chosen, program, draft))
+        metadata = replace(metadata, facts=program.facts | _write(chosen, program, draft))
         runner = chosen.load(draft, metadata)
         if verify:
             calls = [*_calls(program), *(call_arguments(inputs) for inputs in verify_inputs)]

@@ -13,15 +13,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from torchopt_passes._compat import aoti_compile, aoti_load
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.metadata import KEY, Metadata
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.errors import ExportError
+from torchopt_passes.graph.tensors import get_tensor
 
 __all__ = ["InductorTarget"]
 
+_CONVOLUTIONS = {
+    torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv1d.padding,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv2d.padding,
+    torch.ops.aten.conv3d.default,
+    torch.ops.aten.conv3d.padding,
+}
 _MEMBER = f"extra/{KEY}.json"
 # everything a package of ours may hold; in particular no pickled weights or programs
 _ALLOWED = re.compile(
@@ -59,6 +69,23 @@ class InductorTarget(Target):
     supports: ClassVar[str] = "float32, bfloat16, int8 (x86); dynamic batch and sequence; CPU, CUDA; needs g++ to write"
 
     config: dict[str, bool | int | str] = field(default_factory=dict[str, "bool | int | str"])
+
+    def prepare(self, graph_module: fx.GraphModule) -> dict[str, str]:
+        """Keep int8 convolutions with a single input channel in float.
+
+        For them the compiler expects the output in the order of the float kernel when the batch is open
+        (pytorch/pytorch#121400), the int8 kernel writes another, and the result is wrong without a word (torch 2.13 and
+        2.14). They are the cheapest layers of a model.
+        The dequantize op is written out, value for value, which keeps the compiler from choosing the kernel.
+        """
+        kept: list[str] = []
+        for node in list(graph_module.graph.nodes):
+            weight = _weight_of_one_channel(graph_module, node)
+            if weight:
+                _write_out_dequantize(graph_module.graph, node)
+                kept.append(weight)
+        graph_module.recompile()
+        return {"kept in float": f"{', '.join(kept)} (one input channel)"} if kept else {}
 
     def write(self, program: Program, path: Path) -> dict[str, str]:
         """Compile into a package; sources and debug tables are left out of it."""
@@ -124,6 +151,38 @@ class _Package:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         with torch.no_grad():
             return list(self._model(*(value.detach().contiguous() for value in inputs)))
+
+
+def _weight_of_one_channel(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    """Return the weight's fqn of a convolution whose dequantized input has one channel, ``""`` for any other node."""
+    if node.target not in _CONVOLUTIONS or not _is_dequantize(node.args[0]):
+        return ""
+    weight = node.args[1]
+    while isinstance(weight, fx.Node) and weight.op != "get_attr":
+        weight = weight.args[0]
+    # one channel a group is as many channels as groups
+    grouped = len(node.args) > 6 and node.args[6] != 1
+    fqn = str(weight.target) if isinstance(weight, fx.Node) and not grouped else ""
+    return fqn if fqn and get_tensor(graph_module, fqn).shape[1] == 1 else ""
+
+
+def _is_dequantize(value: object) -> bool:
+    return isinstance(value, fx.Node) and "quantized_decomposed.dequantize_per_tensor" in str(value.target)
+
+
+def _write_out_dequantize(graph: fx.Graph, convolution: fx.Node) -> None:
+    """Compute the input of a convolution as (q - zero_point) * scale by plain operations."""
+    dequantize = convolution.args[0]
+    if not isinstance(dequantize, fx.Node):
+        return
+    quantized, scale, zero_point = dequantize.args[:3]
+    with graph.inserting_before(convolution):
+        value = graph.call_function(torch.ops.aten.to.dtype, (quantized, torch.float32))
+        value = graph.call_function(torch.ops.aten.sub.Tensor, (value, zero_point))
+        value = graph.call_function(torch.ops.aten.mul.Tensor, (value, scale))
+    convolution.replace_input_with(dequantize, value)
+    if not dequantize.users:
+        graph.erase_node(dequantize)
 
 
 def _write_package(path: Path, members: dict[str, bytes]) -> None:

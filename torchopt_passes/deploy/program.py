@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -33,6 +33,8 @@ __all__ = ["Dynamic", "Program", "read_program"]
 Dynamic = bool | str | Mapping[str, Any]
 """``"auto"``, False (all sizes fixed), or the dynamic dims of each input by name, as ``torch.export`` takes them."""
 
+Prepare = Callable[[fx.GraphModule], dict[str, str]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
@@ -49,6 +51,7 @@ class Program:
         precision: ``"int8"`` or the dtype of the weights.
         device: ``"cpu"`` or ``"cuda"``.
         layers: how many layers are quantized and how many float, by kind.
+        facts: what a target did to the graph, for the report.
     """
 
     source: nn.Module
@@ -61,6 +64,7 @@ class Program:
     precision: str
     device: str
     layers: dict[str, int]
+    facts: dict[str, str] = field(default_factory=dict[str, str])
 
     def select(self, call: Inputs) -> list[torch.Tensor]:
         """Return the tensors of a call of the source that the program takes, in order."""
@@ -74,7 +78,12 @@ class Program:
 
 
 def read_program(
-    module: nn.Module, example_inputs: Any = None, *, dynamic: Dynamic = "auto", outputs: tuple[str, ...] | None = None
+    module: nn.Module,
+    example_inputs: Any = None,
+    *,
+    dynamic: Dynamic = "auto",
+    outputs: tuple[str, ...] | None = None,
+    prepare: Prepare | None = None,
 ) -> Program:
     """Export a module, captured graph or converted graph for inference; it is left as it was.
 
@@ -85,6 +94,7 @@ def read_program(
         dynamic: ``"auto"`` leaves open the batch (dim 0 of every tensor, when all agree) and the length of integer
             sequences (dim 1 of integer tensors); image sizes stay fixed, for speed. False fixes everything.
         outputs: which outputs to keep; all but ``loss`` when None.
+        prepare: rewrites the inference graph for a target, and returns facts for the report.
 
     Raises:
         ConfigError: example inputs are missing or do not fit the module's ``forward``.
@@ -93,7 +103,7 @@ def read_program(
     call = example_call(module, example_inputs)
     roomy = _of_batch_two(call) if dynamic == "auto" else call
     try:
-        program = _read(module, roomy, dynamic, outputs)
+        program = _read(module, roomy, dynamic, outputs, prepare)
     except TorchOptError:
         if roomy is call:
             raise
@@ -101,15 +111,18 @@ def read_program(
         if roomy is call or any("batch" in spec.shape for spec in program.inputs):
             return program
     # torch.export fixes dims of size 1, so a batch of one was doubled; a model with a fixed batch gets its own again
-    return _read(module, call, dynamic, outputs)
+    return _read(module, call, dynamic, outputs, prepare)
 
 
-def _read(module: nn.Module, call: Inputs, dynamic: Dynamic, outputs: tuple[str, ...] | None) -> Program:
+def _read(
+    module: nn.Module, call: Inputs, dynamic: Dynamic, outputs: tuple[str, ...] | None, prepare: Prepare | None
+) -> Program:
     # one object passed twice would be taken for one input
     call = cast("Inputs", pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), call))
     named = named_inputs(module, call)
     graph = module if isinstance(module, fx.GraphModule) else _trace(module, call, dynamic)
     inference = to_inference(graph, outputs)
+    facts = prepare(inference) if prepare is not None else {}
     names: tuple[str, ...] = inference.meta["input_names"]
     tensors = tuple(named.get(name) for name in names)
     for name, tensor in zip(names, tensors, strict=True):
@@ -142,6 +155,7 @@ def _read(module: nn.Module, call: Inputs, dynamic: Dynamic, outputs: tuple[str,
         precision="int8" if is_quantized(inference) else _float_dtype(inference),
         device="cuda" if "cuda" in devices else "cpu",
         layers=count_layers(inference),
+        facts=facts,
     )
 
 
