@@ -36,8 +36,9 @@ def test_figures_and_backend_of_the_user_stay(tmp_path: Path) -> None:
 
 
 def test_bad_calls_leave_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no points"):
-        scatter([], tmp_path / "plot.png")
+    for points in ([], [("nan", 1.0, float("nan"))], [("inf", float("inf"), 1.0)]):
+        with pytest.raises(ConfigError, match="finite coordinates"):
+            scatter(points, tmp_path / "plot.png")
     with pytest.raises(ConfigError, match=r"\.png"):
         scatter(POINTS, tmp_path / "plot.pdf")
     assert not list(tmp_path.iterdir())

@@ -68,6 +68,14 @@ def test_narrow_terminals_fold_and_lose_nothing() -> None:
     assert "encoder.layer.0.attention.self.query.weight" in letters
 
 
+def test_cells_that_are_no_numbers() -> None:
+    table = Table(["target", "installed", Column("ratio", spec=".2f")], [("onnx", True, math.inf), ("a", False, None)])
+    assert table.markdown().splitlines()[2:] == [
+        "| onnx   | yes       |   inf |",
+        "| a      | no        |       |",
+    ]
+
+
 def test_brackets_are_no_markup() -> None:
     assert "[red]x[/red] [0]" in str(Table(["a [b]"], [("[red]x[/red] [0]",)], title="[bold]t"))
 

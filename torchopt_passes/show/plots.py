@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,11 +33,11 @@ def scatter(
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigError: there are no points, or the path does not end in ``.png``.
+        ConfigError: no points, a coordinate that is no finite number, or a path that does not end in ``.png``.
     """
     path = Path(path)
-    if not points:
-        raise ConfigError("there are no points to plot")
+    if not points or not all(math.isfinite(left) and math.isfinite(up) for _, left, up in points):
+        raise ConfigError(f"a plot needs points with finite coordinates, not {list(points)}")
     if path.suffix != ".png":
         raise ConfigError(f"a plot is a .png file, not {path.name!r}")
     try:
@@ -48,7 +49,11 @@ def scatter(
     axes = figure.add_subplot()
     for number, (label, left, up) in enumerate(points):
         # the legend names the points: labels beside them would cover each other where stages are alike
-        axes.scatter([left], [up], label=label, marker="os^Dvp*X"[number % 8], s=70, color=f"C{number % 10}")
+        marker = "os^Dvp*X"[number % 8]
+        # an underscore in front would hide a label from the legend
+        axes.scatter([left], [up], label=label.lstrip("_") or label, marker=marker, s=70, color=f"C{number % 10}")
+    if all(left >= 0 for _, left, _ in points):
+        axes.set_xlim(left=0.0)
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Column", "Table", "cost_table", "plan_table", "report_table", "sqnr_table"]
 
-Cell = str | int | float | None
+Cell = str | int | float | bool | None
+"""What stands in a cell; None is an empty one."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class Column:
         return f"{self.name} [{self.unit}]" if self.unit else self.name
 
     def text(self, value: Cell) -> str:
-        """Return a value as it is shown: empty for None, numbers by `spec`."""
+        """Return a value as it is shown: empty for None, yes or no for a bool, numbers by `spec`."""
         if value is None:
             return ""
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         if isinstance(value, str) or not self.spec:
             return f"{value:.4g}" if isinstance(value, float) else str(value)
         return format(value, self.spec)
@@ -158,7 +161,7 @@ class Table:
     def _right(self) -> list[bool]:
         """Return which columns hold numbers alone: they are set to the right."""
         values = [[row[i] for row in self.rows if row[i] is not None] for i in range(len(self._columns))]
-        return [bool(column) and not any(isinstance(value, str) for value in column) for column in values]
+        return [bool(column) and not any(isinstance(value, str | bool) for value in column) for column in values]
 
 
 def report_table(report: PassReport, *, group: bool = True) -> Table:
