@@ -1,0 +1,293 @@
+"""The door by decorator: models that come out optimized wherever they are made."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FunctionType
+from typing import Any, ParamSpec, TypeVar, cast, overload
+
+import torch
+from torch import fx, nn
+
+from torchopt_passes.errors import ConfigError, PlanError, ProofError
+from torchopt_passes.graph.base import GraphPass, PassContext, on_copy
+from torchopt_passes.graph.calls import as_call
+from torchopt_passes.graph.capture import CapturedModule, capture
+from torchopt_passes.graph.plan import Plan
+from torchopt_passes.graph.registry import make_pass
+from torchopt_passes.graph.report import PassReport
+from torchopt_passes.graph.tensors import named_tensors
+from torchopt_passes.recipe import Recipe, load_recipe
+
+__all__ = ["OptimizeDecorator", "OptimizeResult", "optimize"]
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Passes = GraphPass | Recipe | str | Path | Mapping[str, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeResult:
+    """What was done to a model: its attribute ``torchopt_result``.
+
+    Args:
+        plan: what was decided and applied.
+        report: what was considered, changed, skipped, and the proof.
+    """
+
+    plan: Plan
+    report: PassReport
+
+    @property
+    def modified(self) -> bool:
+        """Whether the model differs from what it was made as."""
+        return self.report.modified
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizeResult:
+        """Return itself: nothing in it changes, and masks are large."""
+        del memo
+        return self
+
+
+def optimize(
+    passes: Passes,
+    *,
+    example_inputs: Any,
+    context: PassContext | Callable[[Any], PassContext] | None = None,
+) -> OptimizeDecorator:
+    """Decorate a model class, or a function that returns a model: every model it makes comes out optimized.
+
+    A new model is captured, the passes run and are proven on a copy, and their plan is applied to the model itself.
+    **Where every edit can be applied to a source module** (pruning, fusing batch norms) **the result is that model**, an
+    instance of its class. **Otherwise** (fake-quantization, int8) **it is the rewritten captured graph**, a
+    `CapturedModule`, which is called the same way. Either has ``torchopt_result``: the plan, and the report with the
+    proof.
+
+    Of a class, construction is what is decorated, once for each instance, a subclass's too: ``super().__init__`` runs
+    as it ever did, and copies and unpickled instances are as they were. ``from_pretrained`` and
+    ``load_from_checkpoint`` optimize when the weights are there. Weights that are loaded by hand later replace the
+    optimized ones: load them in a function, and decorate that. Zeros are not kept in training: `GradualPruning` does.
+
+    Args:
+        passes: a pass, a `Pipeline`, a `Recipe` without callbacks, the path of one, or recipe data such as
+            ``"fuse_batch_norm"`` or ``[{"prune_weights": {"sparsity": 0.5}}]``.
+        example_inputs: to capture and prove with: a tensor, a tuple of positional arguments, a dict of keyword
+            arguments, ``(args, kwargs)``, or a function from the new model to one of these.
+        context: calibration data, skip patterns, seed: a `PassContext`, or a function from the new model to one.
+
+    Returns:
+        The decorator. A decorated function is typed to return its model or a `CapturedModule`. A decorated class keeps
+        its type, since only the passes know: with passes that rewrite the graph alone, decorate a function instead.
+
+    Raises:
+        ConfigError: at the decoration: what is decorated is no module class or function, or the passes are wrong. When
+            a model is made: it is no module, or has no weights yet (meta device).
+        CaptureError, PassError, ProofError: when a model is made, from the capture and the passes.
+
+    Example:
+        >>> from torchopt_passes.graph.pruning import PruneWeights
+        >>> @optimize(PruneWeights(sparsity=0.75), example_inputs=torch.ones(2, 4))
+        ... class Model(nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.fc = nn.Linear(4, width)
+        ...     def forward(self, x):
+        ...         return self.fc(x)
+        >>> model = Model(8)
+        >>> isinstance(model, Model), int((model.fc.weight == 0).sum())
+        (True, 24)
+        >>> model.torchopt_result.report.proof.status
+        'proven'
+    """
+    return OptimizeDecorator(passes=_as_pass(passes), example_inputs=example_inputs, context=context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeDecorator:
+    """The decorator that `optimize` returns.
+
+    Args:
+        passes: what is done to a new model.
+        example_inputs: see `optimize`.
+        context: see `optimize`.
+    """
+
+    passes: GraphPass
+    example_inputs: Any
+    context: PassContext | Callable[[Any], PassContext] | None = None
+
+    @overload
+    def __call__(self, target: type[ModuleT]) -> type[ModuleT]: ...
+    @overload
+    def __call__(self, target: Callable[P, ModuleT]) -> Callable[P, ModuleT | CapturedModule]: ...
+    def __call__(self, target: Any) -> Any:
+        """Decorate a module class, or a function that returns a module."""
+        if isinstance(target, type):
+            if not issubclass(target, nn.Module):
+                raise ConfigError(f"@optimize decorates classes of nn.Module, which {target.__name__} is not")
+            return _optimized_class(target, self)
+        if not callable(target):
+            raise ConfigError(f"@optimize decorates a class or a function, not {target!r}")
+
+        @functools.wraps(target)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            return self.run(target(*args, **kwargs))
+
+        return make
+
+    def run(self, model: Any) -> Any:
+        """Return a model optimized: itself where the plan fits it, else the captured graph."""
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"@optimize: an nn.Module was to be made, not {model!r}")
+        empty = next((fqn for fqn, tensor in named_tensors(model) if tensor.is_meta), None)
+        if empty is not None:
+            raise ConfigError(
+                f"@optimize: {empty} of {type(model).__name__} has no values yet (meta device): load the weights in a "
+                "function that returns the model, and decorate that"
+            )
+        given = self.example_inputs(model) if callable(self.example_inputs) else self.example_inputs
+        context = self.context(model) if callable(self.context) else self.context or PassContext()
+        call = as_call(given)
+        if isinstance(model, fx.GraphModule):
+            result = self.passes(model, replace(context, example_inputs=context.example_inputs or call))
+            return _with_result(model, OptimizeResult(plan=result.plan, report=result.report))
+        result = on_copy(self.passes)(capture(model, *call), context)
+        done = OptimizeResult(plan=result.plan, report=result.report)
+        if all(edit.on_source for edit in result.plan.edits):
+            try:
+                result.plan.apply(model)
+            except PlanError as error:
+                logger.warning("@optimize returns a captured graph, since the plan does not fit the model: %s", error)
+            else:
+                _check_equal(model, result.graph_module)
+                return _with_result(model, done)
+        return _with_result(result.graph_module, done)
+
+
+def _as_pass(passes: Any) -> GraphPass:
+    if isinstance(passes, GraphPass):
+        return passes
+    is_file = isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith((".yaml", ".yml", ".json")))
+    if is_file or (isinstance(passes, Mapping) and "version" in passes):
+        passes = load_recipe(cast("Any", passes))
+    if not isinstance(passes, Recipe):
+        return make_pass(passes)
+    if passes.callbacks:
+        names = [name for name, _ in passes.callbacks]
+        raise ConfigError(f"@optimize runs passes; the recipe's callbacks {names} need training: use make_callbacks()")
+    return passes.pipeline()
+
+
+def _with_result(module: Any, result: OptimizeResult) -> Any:
+    module.torchopt_result = result
+    return module
+
+
+def _check_equal(model: nn.Module, proven: nn.Module) -> None:
+    """Check that the model has the tensors of the graph that was proven."""
+    expected = dict(named_tensors(proven))
+    for fqn, tensor in named_tensors(model):
+        other = expected.get(fqn)
+        if other is not None and not _equal(tensor, other):
+            raise ProofError(f"@optimize: {fqn} of {type(model).__name__} is not what was proven on its graph")
+
+
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return bool(((left == right) | ((left != left) & (right != right))).all())  # NaN equals NaN
+
+
+_LOADERS = ("from_pretrained", "load_from_checkpoint")
+_loading: ContextVar[Any] = ContextVar("_loading", default=None)
+
+
+class _OptimizedType(type):
+    """The type of decorated classes: construction, the whole chain of ``__init__``, is followed by the passes."""
+
+    _torchopt: OptimizeDecorator
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        instance = super().__call__(*args, **kwargs)
+        return instance if _loading.get() is cls else cls._torchopt.run(instance)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The signature of ``__init__``, which ``inspect`` would not look at behind a ``__call__``."""
+        signature = inspect.signature(cast("Any", cls).__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _optimized_class(target: type[nn.Module], decorator: OptimizeDecorator) -> type[nn.Module]:
+    """Make a class again, of the same name and body, whose type optimizes what is constructed.
+
+    A subclass would not do: ``super(Model, self).__init__()`` in the body would find the name bound to it, and recurse.
+    """
+    kind = type(target)
+    meta = kind if issubclass(kind, _OptimizedType) else type("OptimizedType", (_OptimizedType, kind), {})
+    body = {name: value for name, value in vars(target).items() if name not in ("__dict__", "__weakref__")}
+    body |= {name: _loader(name, body.get(name)) for name in _LOADERS if hasattr(target, name)}
+    body["_torchopt"] = decorator
+    try:
+        made = cast("type[nn.Module]", meta(target.__name__, target.__bases__, body))
+    except TypeError as error:
+        raise ConfigError(
+            f"@optimize cannot make {target.__name__} again ({error}): decorate a function that returns the model"
+        ) from error
+    for function in _functions(list(body.values())):
+        for cell in function.__closure__ or ():
+            if _contents(cell) is target:  # what super() without arguments refers to
+                cell.cell_contents = made
+    return made
+
+
+def _loader(name: str, own: Any) -> Any:
+    """Return a class method that optimizes what the class method of that name has loaded."""
+
+    def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = next(base for base in cls.__mro__ if vars(base).get(name) is method)
+        original = own.__get__(None, cls) if own is not None else getattr(super(owner, cls), name)
+        token = _loading.set(cls)
+        try:
+            loaded = original(*args, **kwargs)
+        finally:
+            _loading.reset(token)
+        if isinstance(loaded, tuple):  # Transformers, with output_loading_info=True
+            model, *others = cast("tuple[Any, ...]", loaded)
+            return (cls._torchopt.run(model), *others)
+        return cls._torchopt.run(loaded)
+
+    method = classmethod(load)
+    return method
+
+
+def _functions(values: list[Any]) -> Iterator[FunctionType]:
+    """Yield the functions of a class body, those inside properties, class methods and wrappers too."""
+    seen: set[int] = set()
+    while values:
+        value = values.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, FunctionType):
+            yield value
+            values += [_contents(cell) for cell in value.__closure__ or ()]
+        elif isinstance(value, property):
+            values += [value.fget, value.fset, value.fdel]
+        else:
+            values += [getattr(value, name, None) for name in ("__func__", "func", "__wrapped__")]
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
