@@ -9,7 +9,17 @@ from torch import nn
 
 from tests.callbacks.loops import Example, captured_net, conv_net, images, quantized_net, ragged_tokens, tiny_bert
 from torchopt_passes import callbacks
-from torchopt_passes.callbacks import Callback, Distillation, GradualPruning, QuantizationSchedule
+from torchopt_passes.callbacks import Callback, Distillation, GradualPruning, KeepZeros, QuantizationSchedule
+from torchopt_passes.functional.masks import magnitude_mask
+
+
+def pruned_bert(dropout: float = 0.0) -> nn.Module:
+    """A student that comes with zeros: half of each matrix."""
+    model = tiny_bert(dropout)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(magnitude_mask(parameter, 0.5))
+    return model
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ CASES: dict[str, Case] = {
         data=images,
         extra_state=("weight_mask",),
     ),
+    "KeepZeros": Case(make=lambda: KeepZeros(skip=("classifier",)), model=pruned_bert, extra_state=("weight_mask",)),
     "Distillation": Case(make=lambda: Distillation(tiny_bert(seed=7).train(), alpha=0.3, temperature=3.0)),
     "Distillation-captured": Case(
         make=lambda: Distillation(conv_net(0.5, seed=7), form="ce", scale_t2=False), model=captured_net, data=images
