@@ -3,6 +3,7 @@
 ```
 TorchOptError
 ├── CaptureError          a model cannot be captured as a graph
+│   └── InputError        a captured graph is called with inputs it was not captured for (also a TypeError)
 ├── ConfigError           a bad option, pattern or recipe (also a ValueError)
 ├── PlanError             a plan file or edit that cannot be trusted or does not fit the model
 ├── PassError             a pass failed; the module is as it was before
@@ -21,6 +22,7 @@ __all__ = [
     "CaptureError",
     "ConfigError",
     "ExportError",
+    "InputError",
     "MissingExtraError",
     "PassError",
     "PlanError",
@@ -36,6 +38,10 @@ class TorchOptError(Exception):
 
 class CaptureError(TorchOptError):
     """A model cannot be captured; the message names the user's file and line, and a way out."""
+
+
+class InputError(CaptureError, TypeError):
+    """A captured graph is called with inputs that it was not captured for."""
 
 
 class ConfigError(TorchOptError, ValueError):

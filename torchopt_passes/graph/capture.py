@@ -136,7 +136,7 @@ def capture(
     meta = {
         "source": model,
         "example_inputs": pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {})),
-        "input_names": call.input_names,
+        "input_names": call.signature.names,
         "dynamic_dims": train.dynamic_dims,
     }
     captured = _build(train.module, train.module.graph, type(model).__name__, meta, model)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import inspect
+import io
 import random
+import sys
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,12 +16,15 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from torchopt_passes._compat import size_guards
 from torchopt_passes.errors import CaptureError
+from torchopt_passes.graph.signature import CallSignature
 
-__all__ = ["Call", "Trace", "trace"]
+__all__ = ["Call", "Trace", "no_cache", "trace"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,13 @@ class Call:
         args: positional inputs; a batch of one is doubled, since export would fix the size 1.
         kwargs: keyword inputs, likewise.
         shapes: the choices of dynamic shapes to try, most dynamic first.
-        input_names: names of the inputs in order.
+        signature: how the graph is called.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     shapes: tuple[Any, ...]
-    input_names: tuple[str, ...]
+    signature: CallSignature
 
     @classmethod
     def of(cls, model: nn.Module, args: Any, kwargs: dict[str, Any], dynamic: Any) -> Call:
@@ -47,28 +54,34 @@ class Call:
             raise CaptureError(f"args must be a tuple of positional inputs, not a {type(args).__name__}: (x,)")
         args = cast("tuple[Any, ...]", args)
         try:
-            bound = inspect.signature(model.forward).bind(*args, **kwargs)
+            inspect.signature(model.forward).bind(*args, **kwargs)
         except TypeError as error:
             raise CaptureError(f"{type(model).__name__}.forward cannot be called so: {error}") from error
-        names = tuple(name for name in bound.arguments if name not in ("args", "kwargs"))
-        if dynamic == "auto":
+        signature = CallSignature.of(model.forward, type(model).__name__, args, kwargs)
+        if dynamic in ("auto", "all"):
             args, kwargs = _without_batch_of_one(args, kwargs)
-            shapes = (_shapes(args, kwargs, _open_dims), _shapes(args, kwargs, lambda t: (0,) if t.ndim else ()), None)
+            choices = (_every_dim, _open_dims, _batch_dim)[dynamic == "auto" :]
+            shapes = (*(_shapes(args, kwargs, choose) for choose in choices), None)
         elif dynamic is False:
             shapes = (None,)
         else:
             shapes = (dynamic,)
-        positional = tuple(list(inspect.signature(model.forward).parameters)[: len(args)])
-        del names
-        return cls(args, kwargs, shapes, (*positional, *kwargs))
+        return cls(args, kwargs, shapes, signature)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """An exported graph with the model's own parameters, and which dims of its inputs stayed dynamic."""
+    """An exported graph with the model's own parameters, and the sizes that it is good for.
+
+    Args:
+        module: the graph.
+        dynamic_dims: input name -> the dims that stayed dynamic.
+        guards: conditions on the sizes of the inputs, as code of torch.export.
+    """
 
     module: fx.GraphModule
     dynamic_dims: dict[str, tuple[int, ...]]
+    guards: tuple[str, ...]
 
 
 def trace(model: nn.Module, call: Call, *, training: bool) -> Trace:
@@ -79,26 +92,28 @@ def trace(model: nn.Module, call: Call, *, training: bool) -> Trace:
     """
     modes = {module: module.training for module in model.modules()}
     try:
-        with _no_cache(model), _own_random_state() as consumed, _layerdrop(training):
+        with no_cache(model), _own_random_state() as consumed, _layerdrop(training), _symbolic_len(model):
             model.train(training)
             exported = _export(model, call, training)
         if consumed():
             raise CaptureError(
-                f"{type(model).__name__} draws random numbers in Python in {_mode(training)} mode, which a graph cannot "
-                "repeat; switch that off in its config (layerdrop=0, mask_time_prob=0, mask_feature_prob=0 in "
+                f"{type(model).__name__} draws random numbers in Python in {_mode(training)} mode, which a graph "
+                "cannot repeat; switch that off in its config (layerdrop=0, mask_time_prob=0, mask_feature_prob=0 in "
                 "Transformers), or capture a submodule without it"
             )
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return Trace(exported.module(check_guards=False), _dynamic_dims(exported))
+    return Trace(exported.module(check_guards=False), _dynamic_dims(exported), size_guards(exported))
 
 
 def _export(model: nn.Module, call: Call, training: bool) -> torch.export.ExportedProgram:
     failure: Exception | None = None
     for shapes in call.shapes:
         try:
-            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
+            # a failed export prints the graph that it has so far
+            with contextlib.redirect_stderr(io.StringIO()):
+                return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise
         except Exception as error:  # whatever export raises: the next, less dynamic choice may work
@@ -134,6 +149,14 @@ def _open_dims(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(range(min(tensor.ndim, 2 if tensor.ndim <= 3 else 1)))
 
 
+def _every_dim(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(range(tensor.ndim))
+
+
+def _batch_dim(tensor: torch.Tensor) -> tuple[int, ...]:
+    return (0,) if tensor.ndim else ()
+
+
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any], choose: Any) -> Any:
     auto = torch.export.Dim.AUTO
 
@@ -161,12 +184,12 @@ def _dynamic_dims(exported: torch.export.ExportedProgram) -> dict[str, tuple[int
     for node in exported.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in inputs and isinstance(value, torch.Tensor):
-            found[node.name] = tuple(d for d, size in enumerate(value.shape) if not isinstance(size, int))
+            found[node.name] = tuple(d for d, size in enumerate(value.shape) if not is_concrete_int(size))
     return found
 
 
 @contextmanager
-def _no_cache(model: nn.Module) -> Generator[None]:
+def no_cache(model: nn.Module) -> Generator[None]:
     """A decoder's cache is state between calls, which a graph has none of: switch ``use_cache`` off meanwhile."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     caching = [c for c in configs.values() if getattr(c, "use_cache", False)]
@@ -180,24 +203,43 @@ def _no_cache(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
+def _symbolic_len(model: nn.Module) -> Generator[None]:
+    """Give the model's code a ``len`` whose result need not be an int: for an int, export would fix that size.
+
+    Only the modules (files) that define the model's classes see it, and only while tracing.
+    """
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else builtins.len(value)
+
+    files = {type(module).__module__ for module in model.modules()}
+    scopes = [vars(sys.modules[name]) for name in files if name in sys.modules and not name.startswith("torch.")]
+    scopes = [scope for scope in scopes if "len" not in scope]
+    for scope in scopes:
+        scope["len"] = length
+    try:
+        yield
+    finally:
+        for scope in scopes:
+            scope.pop("len", None)
+
+
+@contextmanager
 def _own_random_state() -> Generator[Any]:
     """Keep every random state as it was, and tell whether Python or numpy numbers were drawn."""
     import numpy as np
 
-    before = random.getstate(), np.random.get_state()
-
-    def consumed() -> bool:
-        return changed
-
-    changed = False
+    state: Any = np.random.get_state()
+    before = random.getstate(), state
+    drawn: list[bool] = []
     with torch.random.fork_rng():
         try:
-            yield consumed
+            yield lambda: any(drawn)
         finally:
-            now = np.random.get_state()
-            changed = random.getstate() != before[0] or now[2] != before[1][2] or bool((now[1] != before[1][1]).any())
+            now: Any = np.random.get_state()
+            drawn += [random.getstate() != before[0], now[2] != state[2], bool((now[1] != state[1]).any())]
             random.setstate(before[0])
-            np.random.set_state(before[1])
+            np.random.set_state(state)
 
 
 class _NeverDropped(float):
