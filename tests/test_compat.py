@@ -1,0 +1,73 @@
+"""Tells when a private API behind torchopt_passes/_compat.py moves."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torchopt_passes import _compat
+
+
+def test_the_trainer_is_found_from_a_callback_event_and_only_there(tmp_path: object) -> None:
+    from transformers import TrainerCallback
+
+    from tests.callbacks.loops import make_trainer, ragged_tokens, tiny_bert
+
+    found: list[object] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *args: object, **kwargs: object) -> None:
+            found.append(_compat.calling_trainer())
+
+    trainer = make_trainer(tiny_bert(), ragged_tokens(4), tmp_path, [Look()], batch=4, steps=1)  # type: ignore[arg-type]
+    trainer.train()
+    assert found == [trainer]
+    assert _compat.calling_trainer() is None
+
+
+def test_models_that_predict_the_next_token() -> None:
+    from transformers import (
+        BertConfig,
+        BertForTokenClassification,
+        BertLMHeadModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    tiny = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": 10,
+    }
+    t5 = {"d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "vocab_size": 10}
+    assert _compat.predicts_next_token(LlamaForCausalLM(LlamaConfig(**tiny)))
+    assert _compat.predicts_next_token(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=60000)))
+    assert _compat.predicts_next_token(BertLMHeadModel(BertConfig(**tiny, is_decoder=True)))
+    assert not _compat.predicts_next_token(BertForTokenClassification(BertConfig(**tiny)))
+    assert not _compat.predicts_next_token(T5ForConditionalGeneration(T5Config(**t5)))
+    assert not _compat.predicts_next_token(nn.Linear(1, 1))
+
+
+def test_the_trainer_counts_labels_as_told(tmp_path: object) -> None:
+    from tests.callbacks.loops import collate, make_trainer, ragged_tokens, tiny_bert
+
+    trainer = make_trainer(tiny_bert(), ragged_tokens(4), tmp_path, [], batch=4, steps=1)  # type: ignore[arg-type]
+    batch = collate(ragged_tokens(4)[:3])
+    counts = []
+    for shifted in (False, True):
+        _compat.count_shifted_labels(trainer, shifted)
+        counts.append(int(trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))[1]))
+    assert counts[0] - counts[1] == 3  # one label a row
+    assert _compat.count_shifted_labels(trainer, False) is True
+
+
+def test_the_module_inside_a_compiled_one() -> None:
+    model = nn.Linear(1, 1)
+    assert _compat.compiled_source(torch.compile(model, backend="eager")) is model
+    assert _compat.compiled_source(model) is None
