@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torchopt_passes.errors import ConfigError
-from torchopt_passes.graph.compare import LayerSqnr
-from torchopt_passes.graph.cost import LayerCost, ModelCost
-from torchopt_passes.graph.plan import Plan
-from torchopt_passes.graph.report import PassReport
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+    from torchopt_passes.graph.compare import LayerSqnr
+    from torchopt_passes.graph.cost import LayerCost, ModelCost
+    from torchopt_passes.graph.plan import Plan
+    from torchopt_passes.graph.report import PassReport
 
 __all__ = ["Column", "Table", "cost_table", "plan_table", "report_table", "sqnr_table"]
 
