@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import torch
@@ -66,8 +65,8 @@ def optimize(
     """Decorate a model class, or a function that returns a model: every model it makes comes out optimized.
 
     A new model is captured, the passes run and are proven on a copy, and their plan is applied to the model itself.
-    **Where every edit can be applied to a source module** (pruning, fusing batch norms) **the result is that model**, an
-    instance of its class. **Otherwise** (fake-quantization, int8) **it is the rewritten captured graph**, a
+    **Where every edit can be applied to a source module** (pruning, fusing batch norms) **the result is that model**,
+    an instance of its class. **Otherwise** (fake-quantization, int8) **it is the rewritten captured graph**, a
     `CapturedModule`, which is called the same way. Either has ``torchopt_result``: the plan, and the report with the
     proof.
 
@@ -75,6 +74,7 @@ def optimize(
     as it ever did, and copies and unpickled instances are as they were. ``from_pretrained`` and
     ``load_from_checkpoint`` optimize when the weights are there. Weights that are loaded by hand later replace the
     optimized ones: load them in a function, and decorate that. Zeros are not kept in training: `GradualPruning` does.
+    A class of a library is decorated as a subclass: ``Small = optimize(...)(Bert)`` leaves ``Bert`` as it is.
 
     Args:
         passes: a pass, a `Pipeline`, a `Recipe` without callbacks, the path of one, or recipe data such as
@@ -206,14 +206,22 @@ def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
     return bool(((left == right) | ((left != left) & (right != right))).all())  # NaN equals NaN
 
 
-_LOADERS = ("from_pretrained", "load_from_checkpoint")
 _loading: ContextVar[Any] = ContextVar("_loading", default=None)
 
 
 class _OptimizedType(type):
-    """The type of decorated classes: construction, the whole chain of ``__init__``, is followed by the passes."""
+    """The type of decorated classes: construction, the whole chain of ``__init__``, is followed by the passes.
+
+    A decorated class is an empty subclass of the class that it is made of, and comes right behind it in the method
+    resolution order: so ``super().__init__()`` and ``super(Model, self).__init__()`` in its body both go on to its
+    bases, though the name ``Model`` is bound to the subclass.
+    """
 
     _torchopt: OptimizeDecorator
+
+    def mro(cls) -> list[type]:
+        order = super().mro()
+        return [order[1], order[0], *order[2:]] if "_torchopt" in vars(cls) else order
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         instance = super().__call__(*args, **kwargs)
@@ -225,36 +233,24 @@ class _OptimizedType(type):
         signature = inspect.signature(cast("Any", cls).__init__)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
+    # properties of the type come before class methods of that name: the passes run when the weights are there
+    @property
+    def from_pretrained(cls) -> Callable[..., Any]:
+        return _then_optimize(cls, "from_pretrained")
 
-def _optimized_class(target: type[nn.Module], decorator: OptimizeDecorator) -> type[nn.Module]:
-    """Make a class again, of the same name and body, whose type optimizes what is constructed.
-
-    A subclass would not do: ``super(Model, self).__init__()`` in the body would find the name bound to it, and recurse.
-    """
-    kind = type(target)
-    meta = kind if issubclass(kind, _OptimizedType) else type("OptimizedType", (_OptimizedType, kind), {})
-    body = {name: value for name, value in vars(target).items() if name not in ("__dict__", "__weakref__")}
-    body |= {name: _loader(name, body.get(name)) for name in _LOADERS if hasattr(target, name)}
-    body["_torchopt"] = decorator
-    try:
-        made = cast("type[nn.Module]", meta(target.__name__, target.__bases__, body))
-    except TypeError as error:
-        raise ConfigError(
-            f"@optimize cannot make {target.__name__} again ({error}): decorate a function that returns the model"
-        ) from error
-    for function in _functions(list(body.values())):
-        for cell in function.__closure__ or ():
-            if _contents(cell) is target:  # what super() without arguments refers to
-                cell.cell_contents = made
-    return made
+    @property
+    def load_from_checkpoint(cls) -> Callable[..., Any]:
+        return _then_optimize(cls, "load_from_checkpoint")
 
 
-def _loader(name: str, own: Any) -> Any:
-    """Return a class method that optimizes what the class method of that name has loaded."""
+def _then_optimize(cls: _OptimizedType, name: str) -> Callable[..., Any]:
+    owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+    if owner is None:
+        raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+    original = vars(owner)[name].__get__(None, cls)
 
-    def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = next(base for base in cls.__mro__ if vars(base).get(name) is method)
-        original = own.__get__(None, cls) if own is not None else getattr(super(owner, cls), name)
+    @functools.wraps(original)
+    def load(*args: Any, **kwargs: Any) -> Any:
         token = _loading.set(cls)
         try:
             loaded = original(*args, **kwargs)
@@ -265,29 +261,20 @@ def _loader(name: str, own: Any) -> Any:
             return (cls._torchopt.run(model), *others)
         return cls._torchopt.run(loaded)
 
-    method = classmethod(load)
-    return method
+    return load
 
 
-def _functions(values: list[Any]) -> Iterator[FunctionType]:
-    """Yield the functions of a class body, those inside properties, class methods and wrappers too."""
-    seen: set[int] = set()
-    while values:
-        value = values.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, FunctionType):
-            yield value
-            values += [_contents(cell) for cell in value.__closure__ or ()]
-        elif isinstance(value, property):
-            values += [value.fget, value.fset, value.fdel]
-        else:
-            values += [getattr(value, name, None) for name in ("__func__", "func", "__wrapped__")]
-
-
-def _contents(cell: Any) -> Any:
+def _optimized_class(target: type[nn.Module], decorator: OptimizeDecorator) -> type[nn.Module]:
+    """Return the class whose instances come out optimized."""
+    if "_torchopt" in vars(target):
+        raise ConfigError(f"{target.__name__} is decorated already: give all passes to one @optimize, as a list")
+    kind = type(target)
+    meta = kind if issubclass(kind, _OptimizedType) else type("OptimizedType", (_OptimizedType, kind), {})
+    kept = ("__module__", "__qualname__", "__doc__")
+    body = {name: getattr(target, name) for name in kept} | {"_torchopt": decorator}
     try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
+        return cast("type[nn.Module]", meta(target.__name__, (target,), body))
+    except TypeError as error:
+        raise ConfigError(
+            f"@optimize cannot subclass {target.__name__} ({error}): decorate a function that returns the model"
+        ) from error
