@@ -25,6 +25,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
 )
 
 from tests.callbacks.loops import (
@@ -206,6 +207,24 @@ def test_evaluation_during_training_is_the_models_own(tmp_path: Path) -> None:
         losses.append([entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2
+
+
+def test_metrics_reach_integrations_that_come_first(tmp_path: Path) -> None:
+    """TensorBoard's callback is called before those that users pass."""
+    seen: list[dict[str, float]] = []
+
+    class Board(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    callbacks = [Board(), GradualPruning(sparsity=0.5, start=1, end=2), Distillation(tiny_bert(seed=7))]
+    logging = {"logging_strategy": "steps", "logging_steps": 1, "steps": 2}
+    trainer = make_trainer(tiny_bert(), ragged_tokens(8), tmp_path, callbacks, **logging)
+    trainer.train()
+    assert [entry["sparsity"] for entry in seen[:2]] == [0.0, 0.5]
+    assert all({"kd_loss", "ce_loss"} <= entry.keys() for entry in seen[:2])
+    assert "sparsity" not in seen[2]  # the summary at the end
+    assert [entry | {"step": i + 1} for i, entry in enumerate(seen[:2])] == trainer.state.log_history[:2]
 
 
 def test_a_callback_added_late_works(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class TrainerEvents(Lifecycle):
         if trainer is not None:
             self._check(trainer)
             _count_items(trainer, student)
+            _put_first(trainer, self)
         self.begin(Progress(state.global_step, state.max_steps))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -45,7 +46,7 @@ class TrainerEvents(Lifecycle):
         self.after_step(Progress(state.global_step + 1, state.max_steps))
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, Any], **kwargs: Any) -> None:
-        """Add the metrics to the training logs and to ``state.log_history``."""
+        """Add the metrics to the training logs, for all that reads them, and to ``state.log_history``."""
         if "loss" in logs and (metrics := self.metrics()):
             logs.update(metrics)
             state.log_history[-1].update(metrics)
@@ -120,3 +121,10 @@ def _count_items(trainer: Any, student: Student) -> None:
         count_shifted_labels(trainer, shifted)
 
     student.at_end(undo)
+
+
+def _put_first(trainer: Any, callback: TrainerEvents) -> None:
+    """Let a callback add its metrics before TensorBoard's and the like, which the Trainer puts in front, read them."""
+    handler = trainer.callback_handler
+    # a new list: the handler is iterating over the old one
+    handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
