@@ -7,6 +7,7 @@ from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.distillation import Distillation
 from torchopt_passes.callbacks.gradual_pruning import GradualPruning
 from torchopt_passes.callbacks.items import num_items_in_batch
+from torchopt_passes.callbacks.keep_zeros import KeepZeros
 from torchopt_passes.callbacks.lifecycle import LossTerm, Progress
 from torchopt_passes.callbacks.lightning import lightning_callback
 from torchopt_passes.callbacks.quantization_schedule import QuantizationSchedule
@@ -16,6 +17,7 @@ __all__ = [
     "Callback",
     "Distillation",
     "GradualPruning",
+    "KeepZeros",
     "LossTerm",
     "Progress",
     "QuantizationSchedule",

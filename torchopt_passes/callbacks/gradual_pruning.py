@@ -11,7 +11,7 @@ import torch
 from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.lifecycle import Progress, When, check_when
 from torchopt_passes.callbacks.student import Student
-from torchopt_passes.callbacks.targets import Target, choose_targets
+from torchopt_passes.callbacks.targets import Target, choose_targets, put_mask
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.functional.masks import (
     block_mask,
@@ -121,13 +121,11 @@ class GradualPruning(Callback):
                 skips = (*skips, Skip(target=target.fqn, reason=str(error)))
                 continue
             student.claim(target.fqn, self)
-            _check_name_free(target)
             kept.append(target)
         if not kept:
             raise ConfigError(f"pattern {self.pattern!r} fits no weight: {skips[-1].target}: {skips[-1].reason}")
         for target in kept:
-            mask = torch.ones_like(target.weight, dtype=torch.bool, requires_grad=False)
-            target.owner.register_buffer(target.mask_name, mask)
+            put_mask(target, torch.ones_like(target.weight, dtype=torch.bool, requires_grad=False))
         self._targets, self.skips = tuple(kept), skips
 
     def begin(self, progress: Progress) -> None:
@@ -180,7 +178,7 @@ class GradualPruning(Callback):
         else:
             found = {target.fqn: self._mask(target, sparsity) for target in self._targets}
         for target in self._targets:
-            _buffer(target).copy_(found[target.fqn])
+            target.mask.copy_(found[target.fqn])
         with torch.no_grad():
             self._apply()
 
@@ -198,10 +196,10 @@ class GradualPruning(Callback):
 
     def _apply(self) -> None:
         for target in self._targets:
-            target.weight.masked_fill_(~_buffer(target), 0)
+            target.weight.masked_fill_(~target.mask, 0)
 
     def _removed(self) -> int:
-        return sum(int((~_buffer(target)).sum()) for target in self._targets)
+        return sum(int((~target.mask).sum()) for target in self._targets)
 
     def _expected(self, sparsity: float) -> int:
         """Return how many weights a share removes, all weights together, by the rules of the masks."""
@@ -230,19 +228,3 @@ class GradualPruning(Callback):
                 self._removed(),
                 expected,
             )
-
-
-def _buffer(target: Target) -> torch.Tensor:
-    return target.owner.get_buffer(target.mask_name)
-
-
-def _check_name_free(target: Target) -> None:
-    """Refuse a name in use; a mask left over by a run that ended in an error may be replaced."""
-    present = getattr(target.owner, target.mask_name, None)
-    if present is None:
-        return
-    if isinstance(present, torch.Tensor) and present.dtype is torch.bool and present.shape == target.weight.shape:
-        return
-    raise CallbackError(
-        f"{target.fqn} has a {target.mask_name} beside it already (torch.nn.utils.prune?): remove that pruning first"
-    )

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from torchopt_passes.errors import ConfigError
+from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.graph.edit import Skip
 from torchopt_passes.graph.tensors import aliases, check_patterns, find_owner, matching_pattern
 from torchopt_passes.graph.weights import input_dim, matrix_weights
 
-__all__ = ["Target", "choose_targets"]
+__all__ = ["Target", "choose_targets", "put_mask"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,26 @@ class Target:
     def mask_name(self) -> str:
         """Name of the mask buffer beside the weight, in the owner."""
         return f"{self.name}_mask"
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """The mask beside the weight: bool, True for what is kept."""
+        return self.owner.get_buffer(self.mask_name)
+
+
+def put_mask(target: Target, mask: torch.Tensor) -> None:
+    """Put a mask buffer beside a weight; one left over by a run that ended in an error is replaced.
+
+    Raises:
+        CallbackError: the name is in use for something else.
+    """
+    present = getattr(target.owner, target.mask_name, None)
+    ours = isinstance(present, torch.Tensor) and present.dtype is torch.bool and present.shape == mask.shape
+    if present is not None and not ours:
+        raise CallbackError(
+            f"{target.fqn} has a {target.mask_name} beside it already (torch.nn.utils.prune?): remove that first"
+        )
+    target.owner.register_buffer(target.mask_name, mask)
 
 
 def choose_targets(
