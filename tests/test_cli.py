@@ -136,9 +136,7 @@ def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         calls.append((out, seed))
         return SimpleNamespace(table=Table(["stage"], [("teacher",)]), folder=out)
 
-    import torchopt_passes.demo
-
-    monkeypatch.setattr(torchopt_passes.demo, "run_demo", fake)
+    monkeypatch.setitem(sys.modules, "torchopt_passes.demo", SimpleNamespace(run_demo=fake))
     text = run("demo", "--out", tmp_path, "--seed", 3)
     assert calls == [(tmp_path, 3)]
     assert "teacher" in text
