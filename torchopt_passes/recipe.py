@@ -123,7 +123,7 @@ def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
             document = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
         else:
             document = yaml.load(text, Loader=_Loader)  # a SafeLoader: it makes plain data alone
-    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path.name}: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path.name}: a recipe is {{version: 1, passes: [...]}}, not {document!r}")
@@ -254,12 +254,12 @@ def _is_json(path: Path) -> bool:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) != len(keys):
-        raise ConfigError(f"recipe: a key stands twice in {keys}")
+        raise ValueError(f"a key stands twice in {keys}")
     return dict(pairs)
 
 
 def _refuse(constant: str) -> Any:
-    raise ConfigError(f"recipe: {constant} is not allowed")
+    raise ValueError(f"{constant} is not allowed")
 
 
 # the core schema of YAML 1.2, without octal and hexadecimal numbers, infinity and NaN
@@ -286,9 +286,10 @@ class _Loader(yaml.SafeLoader):
         pairs = [(self.construct_object(key, deep=True), key.start_mark) for key, _ in node.value]
         seen: set[Hashable] = set()
         for key, mark in pairs:
-            if not isinstance(key, str) or key in seen:
-                problem = f"the key {key!r} stands twice" if key in seen else f"the key {key!r} is no word"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is no word", problem_mark=mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
