@@ -47,6 +47,7 @@ class Place:
         weight: what is known of it when it is a weight.
         batch_norm: name of the batch norm that is folded into the weight, or ''.
         follow: the value was observed already at an earlier place of the same quantizer.
+        bias_apart: the target wants the bias of this weight's operation added behind it.
     """
 
     quantizer: str
@@ -57,6 +58,7 @@ class Place:
     weight: Weight | None = None
     batch_norm: str = ""
     follow: bool = False
+    bias_apart: bool = False
 
 
 @dataclass
@@ -97,7 +99,7 @@ def annotate(
     _rounded_sums(chosen, target, reads)
     _rounded_outputs(chosen, target, reads)
     reads.move_up(graph, target)
-    result.places = [*_weight_places(chosen), *reads.places(graph)]
+    result.places = [*_weight_places(chosen, target), *reads.places(graph)]
     return result
 
 
@@ -150,8 +152,7 @@ class _Reads:
         for source in sources:
             for reason in self.reasons[node]:
                 self.add(source, node, reason)
-            if follow:
-                self.share(node, source)
+            self.share(node, source)
         if follow:
             self.followers.add(node)
         else:
@@ -212,7 +213,7 @@ def _round_output(node: fx.Node, reason: str, reads: _Reads) -> None:
         reads.add(tail, user, reason)
 
 
-def _weight_places(chosen: list[Operation]) -> Iterable[Place]:
+def _weight_places(chosen: list[Operation], target: Target) -> Iterable[Place]:
     """Yield one place for each weight; a weight that is tied or used twice is one quantizer."""
     seen: dict[tuple[object, ...], str] = {}
     taken: set[str] = set()
@@ -236,7 +237,17 @@ def _weight_places(chosen: list[Operation]) -> Iterable[Place]:
             behind = f", with the batch norm {norm.node.name} folded in" if norm else ""
             reason = f"weight of {_called(op)}{behind}"
             norm_name = norm.node.name if norm else ""
-            places[spot] = Place(name, weight.node.name, (), weight.fqn, reason, weight, norm_name, follow=not first)
+            places[spot] = Place(
+                quantizer=name,
+                node=weight.node.name,
+                users=(),
+                target=weight.fqn,
+                reason=reason,
+                weight=weight,
+                batch_norm=norm_name,
+                follow=not first,
+                bias_apart=op.operands.kind in target.bias_apart,
+            )
     for spot, place in places.items():
         unique = tuple(dict.fromkeys(users[spot]))
         yield replace(place, users=unique)

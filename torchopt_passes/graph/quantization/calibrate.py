@@ -224,7 +224,7 @@ def quantizer_places(graph_module: fx.GraphModule) -> dict[str, str]:
     known = {name for name, _ in fake_quantizers(graph_module)}
     found: dict[str, str] = {}
     for node in graph_module.graph.nodes:
-        if node.op == "call_module" and node.target in known and not node.kwargs.get("follow"):
+        if node.op == "call_module" and node.target in known:
             value = node.args[0]
             is_state = isinstance(value, fx.Node) and value.op == "get_attr"
             found.setdefault(str(node.target), str(value.target) if is_state else str(value))

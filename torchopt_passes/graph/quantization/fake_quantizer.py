@@ -41,6 +41,7 @@ class FakeQuantizer(nn.Module):
         channels: how many scales.
         momentum: weight of a batch in the moving average of the range; 1 takes the current range (weights).
         bn_eps: eps of the folded batch norm.
+        bias_apart: whether its operation gets its bias from an addition behind it when it is converted.
         observe: whether ranges are learned in training mode.
         enabled: whether values are rounded.
 
@@ -65,12 +66,14 @@ class FakeQuantizer(nn.Module):
         channels: int = 1,
         momentum: float = 0.01,
         bn_eps: float = 0.0,
+        bias_apart: bool = False,
         observe: bool = True,
         enabled: bool = True,
     ) -> None:
         super().__init__()
         self.bits, self.signed = bits, signed
         self.channel_dim, self.momentum, self.bn_eps = channel_dim, momentum, bn_eps
+        self.bias_apart = bias_apart
         self.quant_min, self.quant_max = integer_range(bits, signed=signed)
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))

@@ -15,23 +15,72 @@ from torchopt_passes.graph.batch_norm import BatchNorm
 from torchopt_passes.graph.quantization.targets import KINDS
 from torchopt_passes.graph.state import erase_unused, forget_batches
 
-__all__ = ["exact_means", "fold_shift", "norms_behind", "scale_of", "static_value"]
+__all__ = [
+    "can_be_linear",
+    "exact_means",
+    "fold_shift",
+    "make_linear",
+    "norms_behind",
+    "operations_behind",
+    "scale_of",
+    "split_bias",
+    "static_value",
+]
+
+aten = torch.ops.aten
+
+
+def operations_behind(node: fx.Node) -> list[fx.Node]:
+    """Return the matrix operations that a weight goes into, through transposes."""
+    found: list[fx.Node] = []
+    pending = list(node.users)
+    while pending:
+        user = pending.pop(0)
+        if user.target in KINDS:
+            found.append(user)
+        else:
+            pending += list(user.users)
+    return found
 
 
 def norms_behind(node: fx.Node) -> list[tuple[fx.Node, BatchNorm]]:
     """Return each operation that a folded weight goes into, with its batch norm."""
     found: list[tuple[fx.Node, BatchNorm]] = []
-    pending = list(node.users)
-    while pending:
-        user = pending.pop(0)
-        if user.target in KINDS:
-            norm = next((n for n in (BatchNorm.of(u) for u in user.users) if n is not None), None)
-            if norm is None:
-                raise PassError(f"the batch norm behind {user.name} is gone: its weight cannot be folded")
-            found.append((user, norm))
-        else:
-            pending += list(user.users)
+    for operation in operations_behind(node):
+        norm = next((n for n in (BatchNorm.of(u) for u in operation.users) if n is not None), None)
+        if norm is None:
+            raise PassError(f"the batch norm behind {operation.name} is gone: its weight cannot be folded")
+        found.append((operation, norm))
     return found
+
+
+def can_be_linear(operation: fx.Node, weight: fx.Node) -> bool:
+    """Whether an operation computes x W (+ b) with a 2-D weight that is read directly, so that it can be a linear."""
+    if operation.kwargs or operation.target not in (aten.addmm.default, aten.mm.default, aten.matmul.default):
+        return False
+    bias = _bias(operation)
+    one_dim = bias is None or getattr(bias.meta.get("val"), "ndim", 0) == 1
+    return one_dim and operation.args[KINDS[operation.target].weight] is weight and weight.meta["val"].ndim == 2
+
+
+def make_linear(operation: fx.Node) -> None:
+    """Turn x W (+ b) into a linear; the caller transposes the weight: int8 kernels exist for that layout alone."""
+    operands = KINDS[operation.target]
+    x, weight, bias = operation.args[operands.activation], operation.args[operands.weight], _bias(operation)
+    operation.target = aten.linear.default
+    operation.args = (x, weight) if bias is None else (x, weight, bias)
+
+
+def split_bias(operation: fx.Node) -> None:
+    """Let a linear of 2-D values get its bias from an addition behind it; leave any other operation as it is."""
+    bias, value = _bias(operation), operation.meta.get("val")
+    if operation.target is not aten.linear.default or bias is None or getattr(value, "ndim", 0) != 2:
+        return
+    operation.args = operation.args[:2]
+    with operation.graph.inserting_after(operation):
+        total = operation.graph.call_function(aten.add.Tensor, (operation, bias))
+    total.meta = dict(operation.meta)
+    operation.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
 def scale_of(graph_module: fx.GraphModule, norm: BatchNorm) -> torch.Tensor:

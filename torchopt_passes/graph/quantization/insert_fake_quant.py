@@ -38,6 +38,7 @@ class FakeQuantize(Edit):
         follow: the value was observed at an earlier place of the same quantizer.
         momentum: weight of a batch in the moving average of the range.
         qat: round and observe in training from now on; else wait for `Calibrate`.
+        bias_apart: when it is converted, a 2-D result of this weight gets its bias from an addition behind it.
     """
 
     on_source = False
@@ -53,6 +54,7 @@ class FakeQuantize(Edit):
     follow: bool = False
     momentum: float = 0.01
     qat: bool = True
+    bias_apart: bool = False
 
     def check(self) -> None:
         """Refuse a name that is no identifier, a width that is no int8, and a place without users."""
@@ -97,6 +99,7 @@ class FakeQuantize(Edit):
             channels=self.channels,
             momentum=self.momentum,
             bn_eps=norm.eps if norm else 0.0,
+            bias_apart=self.bias_apart,
             observe=self.qat,
             enabled=self.qat,
         )
@@ -209,4 +212,5 @@ class InsertFakeQuant(GraphPass):
             follow=place.follow,
             momentum=1.0 if weight is not None else self.momentum,
             qat=self.qat,
+            bias_apart=place.bias_apart,
         )

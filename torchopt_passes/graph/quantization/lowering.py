@@ -20,7 +20,16 @@ from torchopt_passes._compat import decomposed_ops
 from torchopt_passes.errors import PassError
 from torchopt_passes.functional.affine import along, quantize
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer
-from torchopt_passes.graph.quantization.folding import fold_shift, norms_behind, scale_of, static_value
+from torchopt_passes.graph.quantization.folding import (
+    can_be_linear,
+    fold_shift,
+    make_linear,
+    norms_behind,
+    operations_behind,
+    scale_of,
+    split_bias,
+    static_value,
+)
 from torchopt_passes.graph.quantization.operations import is_static
 from torchopt_passes.graph.state import (
     erase_unused,
@@ -112,18 +121,26 @@ def _lower_weight(
     with in_eval_mode(graph_module) if source.op != "get_attr" else nullcontext():
         weight = static_value(graph_module, source)
     norms = norms_behind(node) if len(node.args) > 1 else []
+    operations = operations_behind(node)
+    dim = quantizer.channel_dim
+    if operations and dim != 0 and all(can_be_linear(operation, node) for operation in operations):
+        weight, dim = weight.t().contiguous(), None if dim is None else 0
+        for operation in operations:
+            make_linear(operation)
     if norms:
         scale = along(scale_of(graph_module, norms[0][1]), weight.ndim, quantizer.weight_dim)
         weight = (weight.double() * scale).to(weight.dtype)
     name = _parameter_name(source)
     for user in list(node.users):
         with graph.inserting_before(node):
-            back = _rounded_weight(graph, node, name, weight, quantizer, stored, fold_weights=fold_weights)
+            back = _rounded_weight(graph, node, name, weight, dim, quantizer, stored, fold_weights=fold_weights)
         user.replace_input_with(node, back)
     for operation, norm in norms:
         fold_shift(
             graph_module, operation, norm, owner=name.rpartition(".")[0], add=partial(stored.add, graph, parameter=True)
         )
+    for operation in operations if quantizer.bias_apart else ():
+        split_bias(operation)
     erase_unused(node)
 
 
@@ -132,12 +149,13 @@ def _rounded_weight(
     node: fx.Node,
     name: str,
     weight: torch.Tensor,
+    dim: int | None,
     quantizer: FakeQuantizer,
     stored: _Stored,
     *,
     fold_weights: bool,
 ) -> fx.Node:
-    ops, dim = decomposed_ops(), quantizer.channel_dim
+    ops = decomposed_ops()
     low, high, dtype = quantizer.quant_min, quantizer.quant_max, quantizer.dtype
     shared = next((n for n, other, _, _ in stored.items if other == name and n.meta.get("source") is node), None)
     if shared is None:
@@ -157,7 +175,7 @@ def _rounded_weight(
         rounded = graph.call_function(getattr(ops, f"quantize_{kind}").default, (shared, *grid))
         rounded.meta = _meta(node, dtype)
     back = graph.call_function(getattr(ops, f"dequantize_{kind}").default, (rounded, *grid))
-    back.meta = _meta(node)
+    back.meta = _meta(node) | {"val": weight}
     return back
 
 

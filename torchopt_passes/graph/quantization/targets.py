@@ -107,6 +107,7 @@ class Target:
         rounded_outputs: kinds whose int8 kernel needs its output rounded too.
         rounded_adds: which operands of the residual sum behind a convolution are rounded: both, or only the one
             that is not the convolution (which adds it to its accumulator).
+        bias_apart: kinds that run in int8 only without a bias (it is added behind them), when their result is 2-D.
         follow: operations that move rounded values without leaving the grid: their results share its scale.
         fold_weights: whether converted weights are stored as integers (else rounded in the graph).
     """
@@ -117,6 +118,7 @@ class Target:
     dynamic_matmul: bool
     rounded_outputs: frozenset[str]
     rounded_adds: Literal["both", "other"]
+    bias_apart: frozenset[str]
     follow: frozenset[object] = field(repr=False)
     fold_weights: bool = True
 
@@ -143,9 +145,11 @@ TARGETS: dict[str, Target] = {
             dynamic_matmul=False,
             rounded_outputs=frozenset(),
             rounded_adds="other",
+            bias_apart=frozenset(),
             follow=_MAX_POOLS | {aten.flatten.using_ints, aten.cat.default},
         ),
-        # ONNX Runtime: QLinearConv exists with an int8 output alone; MatMul may return float
+        # ONNX Runtime: QLinearConv exists with an int8 output alone; MatMul and Gemm may return float, Gemm (which 2-D
+        # linears become) only without a float bias
         Target(
             name="onnx",
             int8=frozenset({"conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul"}),
@@ -153,6 +157,7 @@ TARGETS: dict[str, Target] = {
             dynamic_matmul=True,
             rounded_outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
             rounded_adds="both",
+            bias_apart=frozenset({"linear", "addmm"}),
             follow=_MAX_POOLS | _VIEWS,
         ),
     )
