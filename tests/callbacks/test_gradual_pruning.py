@@ -22,9 +22,11 @@ from tests.callbacks.loops import (
     tiny_bert,
     train_plain,
 )
-from torchopt_passes.callbacks import GradualPruning, attach
+from torchopt_passes.callbacks import GradualPruning, KeepZeros, attach
+from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.functional.masks import n_m_mask, removed_count, sparsity_of
+from torchopt_passes.graph.plan import Plan
 
 
 def managed(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -244,6 +246,21 @@ def test_whole_steps_need_no_length() -> None:
     assert zeros(model.fc.weight) == 12
 
 
+def test_the_chosen_masks_are_a_plan_for_other_copies_of_the_model(tmp_path: Path) -> None:
+    model, other = captured_net(), conv_net()
+    pruning = GradualPruning(sparsity=0.5, start=1, end=3, every=1)
+    train_plain(model, images(24), [pruning])
+    pruning.plan.save(tmp_path / "plan.json")
+    Plan.load(tmp_path / "plan.json").apply(other)
+    for name in ("conv.weight", "fc.weight"):
+        assert torch.equal(other.get_parameter(name) == 0, model.get_parameter(name) == 0)
+        assert sparsity_of([other.get_parameter(name)]) == 0.5
+    assert {edit.target: edit.numbers["sparsity"] for edit in pruning.plan.edits} == {
+        "conv.weight": 0.5,
+        "fc.weight": 0.5,
+    }
+
+
 def test_two_callbacks_cannot_manage_one_weight() -> None:
     model = conv_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -251,6 +268,15 @@ def test_two_callbacks_cannot_manage_one_weight() -> None:
     with pytest.raises(CallbackError, match=r"fc\.weight is managed by two callbacks"):
         attach(model, optimizer, [first, second], total_steps=9)
     assert not [name for name in model.state_dict() if name.endswith("_mask")]
+    with torch.no_grad():
+        model.fc.weight[0, 0] = 0
+    keep = KeepZeros()
+    with attach(model, optimizer, [keep], total_steps=9):
+        with pytest.raises(
+            CallbackError, match=r"fc\.weight is managed by two callbacks, KeepZeros and GradualPruning"
+        ):
+            Student.of(model).join(second)
+        assert "fc.weight_mask" in model.state_dict()
     apart = [
         GradualPruning(sparsity=0.5, start=0, end=0, skip=("fc",)),
         GradualPruning(sparsity=0.25, start=0, end=0, include=("fc",)),
@@ -264,6 +290,7 @@ def test_the_name_of_a_mask_in_use_is_refused() -> None:
     model.fc.register_buffer("weight_mask", torch.ones(3, 8))
     with pytest.raises(CallbackError, match=r"fc\.weight has a weight_mask beside it already"):
         attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [GradualPruning(sparsity=0.5)], total_steps=9)
+    assert "conv.weight_mask" not in model.state_dict()
 
 
 def test_going_on_without_the_masks_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.lifecycle import Progress, When, check_when
 from torchopt_passes.callbacks.student import Student
-from torchopt_passes.callbacks.targets import Target, choose_targets, put_mask
+from torchopt_passes.callbacks.targets import Target, choose_targets, put_masks
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.functional.masks import (
     block_mask,
@@ -23,7 +23,8 @@ from torchopt_passes.functional.masks import (
 )
 from torchopt_passes.functional.schedules import Ramp, Shape, named_shape
 from torchopt_passes.graph.edit import Skip
-from torchopt_passes.graph.pruning.prune_weights import parse_pattern
+from torchopt_passes.graph.plan import Plan
+from torchopt_passes.graph.pruning.prune_weights import MaskWeights, parse_pattern
 
 __all__ = ["GradualPruning"]
 
@@ -79,6 +80,8 @@ class GradualPruning(Callback):
 
     skips: tuple[Skip, ...] = field(default=(), init=False, repr=False)
     """Parameters that are left alone, with the reason; filled when the callback is installed."""
+    plan: Plan = field(default=Plan(), init=False, repr=False)
+    """The masks that training chose, as a plan that other copies of the model take; filled at the end."""
     _targets: tuple[Target, ...] = field(default=(), init=False, repr=False)
     _ramp: Ramp | None = field(default=None, init=False, repr=False)
     _unverified: bool = field(default=False, init=False, repr=False)
@@ -120,12 +123,10 @@ class GradualPruning(Callback):
             except ConfigError as error:
                 skips = (*skips, Skip(target=target.fqn, reason=str(error)))
                 continue
-            student.claim(target.fqn, self)
             kept.append(target)
         if not kept:
             raise ConfigError(f"pattern {self.pattern!r} fits no weight: {skips[-1].target}: {skips[-1].reason}")
-        for target in kept:
-            put_mask(target, torch.ones_like(target.weight, dtype=torch.bool, requires_grad=False))
+        put_masks(student, self, {target: torch.ones_like(target.weight, dtype=torch.bool) for target in kept})
         self._targets, self.skips = tuple(kept), skips
 
     def begin(self, progress: Progress) -> None:
@@ -164,6 +165,7 @@ class GradualPruning(Callback):
         if self._ramp is not None and self._targets:
             self._apply()
             self._tell_if_short()
+            self.plan = Plan(tuple(map(_edit, self._targets)), self.skips)
         for target in self._targets:
             delattr(target.owner, target.mask_name)
         self._targets, self._ramp = (), None
@@ -228,3 +230,13 @@ class GradualPruning(Callback):
                 self._removed(),
                 expected,
             )
+
+
+def _edit(target: Target) -> MaskWeights:
+    removed = int((~target.mask).sum())
+    return MaskWeights(
+        target=target.fqn,
+        reason="chosen by magnitude while training",
+        numbers={"removed": float(removed), "sparsity": removed / target.mask.numel()},
+        mask=target.mask.clone(),
+    )

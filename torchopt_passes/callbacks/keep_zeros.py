@@ -9,7 +9,7 @@ import torch
 from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.lifecycle import Progress
 from torchopt_passes.callbacks.student import Student
-from torchopt_passes.callbacks.targets import Target, choose_targets, put_mask
+from torchopt_passes.callbacks.targets import Target, choose_targets, put_masks
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.edit import Skip
 
@@ -50,10 +50,9 @@ class KeepZeros(Callback):
 
     def install(self, student: Student) -> None:
         """Put a mask beside each weight."""
-        self._targets, self.skips = choose_targets(student.model, self.include, self.skip)
-        for target in self._targets:
-            student.claim(target.fqn, self)
-            put_mask(target, target.weight.detach() != 0)
+        targets, self.skips = choose_targets(student.model, self.include, self.skip)
+        put_masks(student, self, {target: target.weight.detach() != 0 for target in targets})
+        self._targets = targets
 
     def begin(self, progress: Progress) -> None:
         """Mask what is zero now; a resumed run has its masks from the checkpoint."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
+from torchopt_passes.callbacks.lifecycle import Lifecycle
+from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.graph.edit import Skip
 from torchopt_passes.graph.tensors import aliases, check_patterns, find_owner, matching_pattern
 from torchopt_passes.graph.weights import input_dim, matrix_weights
 
-__all__ = ["Target", "choose_targets", "put_mask"]
+__all__ = ["Target", "choose_targets", "put_masks"]
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,27 @@ class Target:
         return self.owner.get_buffer(self.mask_name)
 
 
-def put_mask(target: Target, mask: torch.Tensor) -> None:
-    """Put a mask buffer beside a weight; one left over by a run that ended in an error is replaced.
+def put_masks(student: Student, callback: Lifecycle, masks: Mapping[Target, torch.Tensor]) -> None:
+    """Put a mask buffer beside each weight, all or none; one left over by a run that ended in an error is replaced.
+
+    Args:
+        student: the model.
+        callback: the one that manages these weights from now on.
+        masks: bool, shape of the weight, True for what is kept.
 
     Raises:
-        CallbackError: the name is in use for something else.
+        CallbackError: another callback manages a weight, or the name is in use for something else.
     """
-    present = getattr(target.owner, target.mask_name, None)
-    ours = isinstance(present, torch.Tensor) and present.dtype is torch.bool and present.shape == mask.shape
-    if present is not None and not ours:
-        raise CallbackError(
-            f"{target.fqn} has a {target.mask_name} beside it already (torch.nn.utils.prune?): remove that first"
-        )
-    target.owner.register_buffer(target.mask_name, mask)
+    for target, mask in masks.items():
+        student.claim(target.fqn, callback)
+        present = getattr(target.owner, target.mask_name, None)
+        ours = isinstance(present, torch.Tensor) and present.dtype is torch.bool and present.shape == mask.shape
+        if present is not None and not ours:
+            raise CallbackError(
+                f"{target.fqn} has a {target.mask_name} beside it already (torch.nn.utils.prune?): remove that first"
+            )
+    for target, mask in masks.items():
+        target.owner.register_buffer(target.mask_name, mask)
 
 
 def choose_targets(
