@@ -15,6 +15,7 @@ from transformers import BertForTokenClassification, Trainer
 from tests.callbacks.loops import (
     captured_net,
     conv_net,
+    images,
     make_trainer,
     quantized_net,
     ragged_tokens,
