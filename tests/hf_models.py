@@ -1,4 +1,4 @@
-"""Every family of Transformers models that capture promises: tiny configurations, random weights, inputs of any size."""
+"""Every family of Transformers models that capture takes: tiny configurations, random weights, inputs of any size."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class HFModel:
         length: the usual length.
         other: another length that the same model takes; equal to `length` where the architecture fixes it.
         drops: whether the configuration has dropout of any kind.
+        refused: what the `CaptureError` says (a pattern), for what cannot be captured.
+        reason: why it cannot, and what to do, in the user's words.
     """
 
     build: Callable[[], nn.Module]
@@ -33,6 +35,13 @@ class HFModel:
     length: int = 8
     other: int = 11
     drops: bool = True
+    refused: str = ""
+    reason: str = ""
+
+    def case(self, batch: int, *, other: bool = False) -> tuple[tuple[Any, ...], Inputs]:
+        """Return the arguments of a call: the same for the same batch size and length."""
+        torch.manual_seed(100 + batch)
+        return (), self.inputs(batch, self.other if other else self.length)
 
 
 def labels_of(model: nn.Module) -> tuple[str, ...]:
@@ -115,8 +124,12 @@ def _speech(batch: int, frames: int) -> Inputs:
 
 
 def _waveform(batch: int, samples: int, *, labels: str) -> Inputs:
-    targets = torch.randint(0, 2, (batch,)) if labels == "class" else torch.randint(1, 30, (batch, 3))
-    return {"input_values": torch.randn(batch, samples), "labels": targets}
+    inputs: Inputs = {"input_values": torch.randn(batch, samples)}
+    if labels == "class":
+        inputs["labels"] = torch.randint(0, 2, (batch,))
+    elif labels == "ctc":
+        inputs["labels"] = torch.randint(1, 30, (batch, 3))
+    return inputs
 
 
 _SIZES: dict[str, Any] = {
@@ -174,6 +187,7 @@ def _texts(kind: str) -> Callable[[int, int], Inputs]:
 
 
 _fixed = {"length": 32, "other": 32}
+_deberta = {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 
 MODELS: dict[str, HFModel] = {
     "bert": _model("BertConfig", "BertForSequenceClassification", _texts("class"), _BERT),
@@ -200,7 +214,15 @@ MODELS: dict[str, HFModel] = {
         "DebertaV2Config",
         "DebertaV2ForSequenceClassification",
         _texts("class"),
-        {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        {**_deberta, "problem_type": "single_label_classification"},
+    ),
+    "deberta_v2_no_problem_type": _model(
+        "DebertaV2Config",
+        "DebertaV2ForSequenceClassification",
+        _texts("class"),
+        _deberta,
+        refused=r"data-dependent.*|label_index",
+        reason="its loss looks at the labels' values in Python; set config.problem_type",
     ),
     "gpt2": _model(
         "GPT2Config",
@@ -226,9 +248,7 @@ MODELS: dict[str, HFModel] = {
     "mistral": _model("MistralConfig", "MistralForCausalLM", _texts("lm"), _DECODER, drops=False),
     "qwen3": _model("Qwen3Config", "Qwen3ForCausalLM", _texts("lm"), {**_DECODER, "head_dim": 4}, drops=False),
     "gemma2": _model("Gemma2Config", "Gemma2ForCausalLM", _texts("lm"), _GEMMA, drops=False),
-    "phi3": _model(
-        "Phi3Config", "Phi3ForCausalLM", _texts("lm"), {**_DECODER, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
-    ),
+    "phi3": _model("Phi3Config", "Phi3ForCausalLM", _texts("lm"), {**_DECODER, "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
     "t5": _model(
         "T5Config",
         "T5ForConditionalGeneration",
@@ -252,17 +272,13 @@ MODELS: dict[str, HFModel] = {
         | {"num_labels": 2, "drop_path_rate": 0.2},
         **_fixed,
     ),
-    "beit": _model(
-        "BeitConfig", "BeitForImageClassification", _image, {**_VIT, "drop_path_rate": 0.2}, **_fixed
-    ),
-    "dinov2": _model(
-        "Dinov2Config", "Dinov2ForImageClassification", _image, {**_VIT, "drop_path_rate": 0.2}, **_fixed
-    ),
+    "beit": _model("BeitConfig", "BeitForImageClassification", _image, {**_VIT, "drop_path_rate": 0.2}, **_fixed),
+    "dinov2": _model("Dinov2Config", "Dinov2ForImageClassification", _image, {**_VIT, "drop_path_rate": 0.2}, **_fixed),
     "convnext": _model(
         "ConvNextConfig",
         "ConvNextForImageClassification",
         _image,
-        {"depths": [1, 2], "hidden_sizes": [8, 16], "num_stages": 2, "drop_path_rate": 0.2, "num_labels": 2}
+        {"depths": [1, 2], "hidden_sizes": [8, 16], "num_stages": 2, "drop_path_rate": 0.5, "num_labels": 2}
         | {"layer_scale_init_value": 1.0},
         **_fixed,
     ),
@@ -305,10 +321,40 @@ MODELS: dict[str, HFModel] = {
     "wav2vec2_ctc": _model(
         "Wav2Vec2Config",
         "Wav2Vec2ForCTC",
+        partial(_waveform, labels=""),
+        _WAV2VEC2,
+        length=800,
+        other=960,
+    ),
+    "wav2vec2_ctc_loss": _model(
+        "Wav2Vec2Config",
+        "Wav2Vec2ForCTC",
         partial(_waveform, labels="ctc"),
         _WAV2VEC2,
         length=800,
         other=960,
+        refused=r"labels\.max\(\)",
+        reason="its loss looks at the labels' values in Python; capture without labels, compute the CTC loss outside",
+    ),
+    "wav2vec2_layerdrop": _model(
+        "Wav2Vec2Config",
+        "Wav2Vec2ForSequenceClassification",
+        partial(_waveform, labels="class"),
+        {**_WAV2VEC2, "layerdrop": 0.1},
+        length=800,
+        other=960,
+        refused="layerdrop=0",
+        reason="layers are dropped by a random number in Python; set config.layerdrop=0",
+    ),
+    "wav2vec2_spec_augment": _model(
+        "Wav2Vec2Config",
+        "Wav2Vec2ForSequenceClassification",
+        partial(_waveform, labels="class"),
+        {**_WAV2VEC2, "mask_time_prob": 0.5, "mask_time_length": 2},
+        length=800,
+        other=960,
+        refused="mask_time_prob=0",
+        reason="SpecAugment draws its masks with numpy; set config.mask_time_prob=0 and mask_feature_prob=0",
     ),
     "segformer": _model(
         "SegformerConfig",
