@@ -126,6 +126,8 @@ def test_any_name_and_number_survives_yaml(
         ("version: 1\ncallbacks: [gradual_pruning: {sparsty: 0.5}]", "GradualPruning: unknown ['sparsty']"),
         ("version: 1\ncallbacks: [gradual_pruning: {sparsity: '0.5'}]", "GradualPruning: sparsity: Input should be"),
         ("version: 1\ncallbacks: [gradual_pruning: {sparsity: 1.5}]", "sparsity must be in (0, 1)"),
+        ("version: 1\ncallbacks: [gradual_pruning: {sparsity: .5, skips: []}]", "GradualPruning: unknown ['skips']"),
+        ("version: 1\ncallbacks: [gradual_pruning: {sparsity: .5, every: 010}]", "valid integer (got '010')"),
         ("version: 1\ncallbacks: [gradual_pruning: 3]", "must be {option: value}"),
         ("version: 1\ncallbacks: [3]", "a callback in a recipe is"),
         ("version: 1\ncallbacks: [distillation: {alpha: high}]", "Distillation: alpha: Input should be"),
@@ -233,6 +235,12 @@ def test_every_public_callback_is_known_and_yours_are_too() -> None:
     class CountMySteps(Callback):
         limit: int = 3
 
+        def __post_init__(self) -> None:
+            if self.limit < 0:
+                raise ValueError("limit must not be negative")
+
+    with pytest.raises(top.ConfigError, match="CountMySteps: limit must not be negative"):
+        load_recipe({"version": 1, "callbacks": [{"count_my_steps": {"limit": -5}}]})
     recipe = load_recipe({"version": 1, "callbacks": [{"count_my_steps": {"limit": 5}}]})
     (callback,) = recipe.make_callbacks()
     assert isinstance(callback, CountMySteps) and callback.limit == 5
