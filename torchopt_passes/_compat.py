@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "aoti_compile",
     "aoti_load",
+    "both_specs",
     "calling_trainer",
     "compiled_source",
     "copy_graph",
@@ -22,8 +23,11 @@ __all__ = [
     "decomposed_ops",
     "flat_inputs",
     "output_spec",
+    "output_spec_of",
     "predicts_next_token",
+    "set_output_spec",
     "size_guards",
+    "split_spec",
 ]
 
 
@@ -43,6 +47,9 @@ def flat_inputs(graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: dic
     An exported module's code flattens its arguments by a spec that lies in the graph's private code generator; an
     interpreter of the graph needs the same flattening.
     """
+    signature = graph_module.meta.get("signature")
+    if signature is not None:
+        args, kwargs = signature.bind(args, kwargs)
     info = getattr(graph_module.graph._codegen, "pytree_info", None)
     if info is None or info.in_spec is None:
         return [*args, *kwargs.values()]
@@ -58,8 +65,29 @@ def output_spec(graph_module: fx.GraphModule) -> pytree.TreeSpec | None:
 
     Like the input structure, it lies in the graph's private code generator.
     """
-    info = getattr(graph_module.graph._codegen, "pytree_info", None)
+    return output_spec_of(graph_module.graph)
+
+
+def output_spec_of(graph: fx.Graph) -> pytree.TreeSpec | None:
+    """Return the structure of a graph's outputs, as `output_spec` does."""
+    info = getattr(graph._codegen, "pytree_info", None)
     return info.out_spec if info is not None else None
+
+
+def set_output_spec(graph: fx.Graph, spec: pytree.TreeSpec) -> None:
+    """Set the structure that the graph's flat outputs are put into; it lies in the private code generator."""
+    graph._codegen.pytree_info = graph._codegen.pytree_info._replace(out_spec=spec)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def split_spec(graph: fx.Graph) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
+    """Return the two structures that `both_specs` put together for a graph's outputs."""
+    first, second = graph._codegen.pytree_info.out_spec.children()  # pyright: ignore[reportAttributeAccessIssue]
+    return first, second
+
+
+def both_specs(first: pytree.TreeSpec, second: pytree.TreeSpec) -> pytree.TreeSpec:
+    """Return the structure of the pair of two structures; the constructor of structures is private."""
+    return pytree.treespec_tuple([first, second])
 
 
 def size_guards(exported: ExportedProgram) -> tuple[str, ...]:

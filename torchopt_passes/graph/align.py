@@ -1,20 +1,24 @@
 """Lay the train-mode and the eval-mode graph of one model over each other, and make one graph of both.
 
-Ops that differ in a literal (dropout's flag, SDPA's dropout_p) become one op with a mode-dependent argument. Where the structure
-differs (stochastic depth is there in training only), both ways stay in the graph and a `select` node joins them.
+Ops that differ in a literal (dropout's flag, SDPA's dropout_p) become one op with a mode-dependent argument. Where the
+structure differs (stochastic depth is there in training only), both ways stay in the graph and a `select` node joins
+them.
 """
 
 from __future__ import annotations
 
+import re
 from difflib import SequenceMatcher
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import map_arg
 
+from torchopt_passes._compat import both_specs, output_spec_of, set_output_spec
 from torchopt_passes.errors import CaptureError
-from torchopt_passes.graph.modes import follow_mode, select
+from torchopt_passes.graph.modes import ONLY, follow_mode, select
 
 __all__ = ["merge_modes", "user_line"]
 
@@ -44,7 +48,7 @@ class _Merge:
     def __init__(self, train: fx.GraphModule, evaluation: fx.GraphModule) -> None:
         self.module, self.graph, self.evaluation = train, train.graph, evaluation
         self.theirs: dict[fx.Node, fx.Node] = {}  # eval node -> its node in the merged graph
-        self.selects: dict[tuple[fx.Node | None, fx.Node, fx.Node], fx.Node] = {}
+        self.selects: dict[tuple[fx.Node, fx.Node] | None, fx.Node] = {}
 
     def run(self) -> None:
         mine, theirs = _body(self.graph), _body(self.evaluation.graph)
@@ -52,7 +56,7 @@ class _Merge:
         # autojunk would drop ops that occur often, which in a network are nearly all
         matcher = SequenceMatcher(None, [_key(n) for n in mine], [_key(n) for n in theirs], autojunk=False)
         for tag, i1, i2, j1, j2 in matcher.get_opcodes():
-            anchor = mine[i2] if i2 < len(mine) else _output(self.graph)
+            anchor = mine[i2] if i2 < len(mine) else self.graph.output_node()
             if tag == "equal":
                 for t, e in zip(mine[i1:i2], theirs[j1:j2], strict=True):
                     self._join(t, e)
@@ -61,8 +65,7 @@ class _Merge:
                 self._train_only(t)
             for e in theirs[j1:j2]:
                 self._eval_only(e, anchor)
-        out, other = _output(self.graph), _output(self.evaluation.graph)
-        self._join(out, other)
+        self._join_outputs()
         self.graph.lint()
 
     def _match_inputs(self) -> None:
@@ -94,90 +97,101 @@ class _Merge:
             return self.graph.create_node("get_attr", name, name=node.name)
 
     def _join(self, t: fx.Node, e: fx.Node) -> None:
+        """Make one node of two that do the same, up to their arguments."""
         self.theirs[e] = t
-        if t.op == "output":
-            args = t.args[0], e.args[0]
-            t.args = (self._merge(t, *args, where="the output"),)
-            return
         ours, theirs = _arguments(t), _arguments(e)
-        for name in ours.keys() | theirs.keys():
+        for name in sorted(ours.keys() | theirs.keys()):
             a, b = ours.get(name), theirs.get(name)
-            if _has_node(a) or _has_node(b):
-                merged = self._merge(t, a, b, where=f"argument {name!r}")
-                if merged is not a:
-                    _replace(t, name, merged)
-            elif not _equal(a, b):
-                follow_mode(t, _place(t, name, a), a, b)
+            if not _nodes(a) and not _nodes(b):
+                if not _equal(a, b):
+                    follow_mode(t, _place(t, name, a), a, b)
+                continue
+            merged = self._merge(t, a, b)
+            if merged is not a:
+                _replace(t, name, merged)
 
-    def _merge(self, t: fx.Node, a: Any, b: Any, where: str) -> Any:
+    def _join_outputs(self) -> None:
+        """Give both modes their output; structures that differ become a pair, of which a mode takes its own."""
+        t, e = self.graph.output_node(), self.evaluation.graph.output_node()
+        ours, theirs = output_spec_of(self.graph), output_spec_of(self.evaluation.graph)
+        if ours == theirs or ours is None or theirs is None:
+            t.args = (self._merge(t, t.args[0], e.args[0]),)
+            return
+        values: Any = (*_leaves(t.args[0]), *_leaves(self._translate(e.args[0])))
+        t.args = (values,)
+        t.meta[ONLY] = "pair"
+        set_output_spec(self.graph, both_specs(ours, theirs))
+
+    def _merge(self, t: fx.Node, a: Any, b: Any) -> Any:
         """Return the argument that is `a` in train mode and `b` (of the eval graph) in eval mode."""
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-            twin = self.theirs[b]
-            return a if twin is a else self._select(t, a, twin)
+            if self.theirs[b] is a or self._same_size(a, b):
+                return a
+            return _either_contiguous(a, self.theirs[b]) or self._select(t, a, self.theirs[b])
         if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-            merged = [self._merge(t, x, y, where) for x, y in zip(a, b, strict=True)]
+            merged = [self._merge(t, x, y) for x, y in zip(a, b, strict=True)]
             same = all(x is y for x, y in zip(merged, a, strict=True))
             return a if same else type(a)(merged)
         if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-            return {key: self._merge(t, a[key], b[key], where) for key in a}
-        if not _has_node(a) and not _has_node(b) and _equal(a, b):
+            return {key: self._merge(t, a[key], b[key]) for key in a}
+        if not _nodes(a) and not _nodes(b) and _equal(a, b):
             return a
-        raise CaptureError(
-            f"{where} of {t.name} ({t.target}) is {a} in train mode and {b} in eval mode, at {user_line(t)}: "
-            "one graph cannot hold both"
-        )
+        return self._select(t, a, self._translate(b))
 
-    def _select(self, t: fx.Node, train_value: fx.Node, eval_value: fx.Node) -> fx.Node:
-        key = (None, train_value, eval_value)
-        if key not in self.selects:
-            later = max(train_value, eval_value)
-            place = later.next
-            while place.op in ("placeholder", "get_attr"):
-                place = place.next
-            with self.graph.inserting_before(place):
-                node = self.graph.call_function(select, (train_value, eval_value, True))
-            node.meta = {k: v for k, v in t.meta.items() if k == "stack_trace"} | {"val": train_value.meta.get("val")}
-            follow_mode(node, 2, True, False)
+    def _translate(self, value: Any) -> Any:
+        """Return an argument of the eval graph in nodes of the merged graph."""
+        return map_arg(value, lambda n: self.theirs[n])
+
+    def _same_size(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether two nodes are one and the same size of the inputs: each mode may read it off another tensor."""
+        ours, theirs = a.meta.get("val"), b.meta.get("val")
+        if not isinstance(ours, torch.SymInt) or not isinstance(theirs, torch.SymInt):
+            return False
+        return _formula(self.graph, ours) == _formula(self.evaluation.graph, theirs)
+
+    def _select(self, t: fx.Node, train_value: Any, eval_value: Any) -> fx.Node:
+        key = (
+            (train_value, eval_value) if isinstance(train_value, fx.Node) and isinstance(eval_value, fx.Node) else None
+        )
+        if key in self.selects:
+            return self.selects[key]
+        sources = _nodes((train_value, eval_value))
+        place = max(sources).next if sources else t
+        while place.op in ("placeholder", "get_attr"):
+            place = place.next
+        with self.graph.inserting_before(place):
+            node = self.graph.call_function(select, (train_value, eval_value, True))
+        value = train_value.meta.get("val") if isinstance(train_value, fx.Node) else train_value
+        node.meta = {k: v for k, v in t.meta.items() if k in ("stack_trace", "nn_module_stack")} | {"val": value}
+        follow_mode(node, 2, True, False)
+        if key is not None:
             self.selects[key] = node
-        return self.selects[key]
+        return node
 
     def _train_only(self, t: fx.Node) -> None:
-        """Keep what only training does out of eval mode where it writes into state; its values meet in selects."""
-        if any(a.op == "get_attr" and _is_constant(a) for a in t.all_input_nodes):
-            raise CaptureError(
-                f"training reads a constant that was made while tracing ({t.name}, {t.target}), at {user_line(t)}: "
-                "random or data-dependent Python in training cannot be captured; switch it off in the model's config "
-                "(SpecAugment: mask_time_prob=0, mask_feature_prob=0), or capture a submodule without it"
-            )
-        state = _written_state(t)
-        if state is None:
-            return
-        if t.target is aten.add_.Tensor and not _has_node(t.args[1]):
+        """Keep what training alone does out of eval mode; its values meet in selects."""
+        t.meta[ONLY] = "train"
+        # interpreters run every node of the graph: what is written into state there must be nothing in eval mode
+        if _written_state(t) is not None and t.target is aten.add_.Tensor and not _nodes(t.args[1]):
             follow_mode(t, 1, t.args[1], 0)
-        elif t.target is aten.copy_.default and isinstance(t.args[1], fx.Node):
-            with self.graph.inserting_before(t):
-                node = self.graph.call_function(select, (t.args[1], t.args[0], True))
-            follow_mode(node, 2, True, False)
-            _replace(t, "src", node)
-        else:
-            raise CaptureError(
-                f"training alone writes into {state.target} with {t.target}, at {user_line(t)}: cannot be switched off "
-                "in eval mode; capture a submodule without it"
-            )
 
     def _eval_only(self, e: fx.Node, anchor: fx.Node) -> None:
-        if _written_state(e) is not None:
-            raise CaptureError(f"eval mode alone writes into state ({e.name}, {e.target}), at {user_line(e)}")
         with self.graph.inserting_before(anchor):
             self.theirs[e] = self.graph.node_copy(e, lambda n: self.theirs[n])
+        self.theirs[e].meta[ONLY] = "eval"
+
+
+def _either_contiguous(a: fx.Node, b: fx.Node) -> fx.Node | None:
+    """Return the one of two nodes that is the other made contiguous: the same values, good for both modes."""
+    for node, other in ((a, b), (b, a)):
+        if node.target is aten.contiguous.default and node.args == (other,) and not node.kwargs:
+            node.meta.pop(ONLY, None)
+            return node
+    return None
 
 
 def _body(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-
-
-def _output(graph: fx.Graph) -> fx.Node:
-    return next(n for n in reversed(graph.nodes) if n.op == "output")
 
 
 def _key(node: fx.Node) -> tuple[str, str]:
@@ -220,10 +234,14 @@ def _replace(node: fx.Node, name: str, value: Any) -> None:
         node.args = (*node.args[:place], value, *node.args[place + 1 :])
 
 
-def _has_node(value: Any) -> bool:
+def _nodes(value: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     map_arg(value, lambda n: found.append(n) or n)
-    return bool(found)
+    return found
+
+
+def _leaves(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -241,8 +259,15 @@ def _written_state(node: fx.Node) -> fx.Node | None:
     return first if first.op in ("get_attr", "placeholder") else None
 
 
-def _is_constant(node: fx.Node) -> bool:
-    return str(node.target).startswith(("lifted_tensor", "_tensor_constant", "constant"))
+def _formula(graph: fx.Graph, size: torch.SymInt) -> str:
+    """Return a size in terms of the sizes of the inputs, which are named alike in both modes."""
+    names: dict[str, str] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for dim, own in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if not is_concrete_int(own):
+                names.setdefault(str(own), f"{node.name}.{dim}")
+    return re.sub(r"\bs\d+\b", lambda m: names.get(m[0], m[0]), str(size))
 
 
 def _attribute(module: torch.nn.Module, name: str) -> Any:
