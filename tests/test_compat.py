@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -71,3 +73,23 @@ def test_the_module_inside_a_compiled_one() -> None:
     model = nn.Linear(1, 1)
     assert _compat.compiled_source(torch.compile(model, backend="eager")) is model
     assert _compat.compiled_source(model) is None
+
+
+def test_output_structure_of_an_exported_graph() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"a": x + 1, "b": x * 2}
+
+    graph = torch.export.export(Two(), (torch.ones(2),)).module()
+    spec = _compat.output_spec(graph)
+    assert spec is not None
+    assert torch.utils._pytree.tree_unflatten([1, 2], spec) == {"a": 1, "b": 2}
+    assert _compat.output_spec(torch.fx.symbolic_trace(nn.ReLU())) is None
+
+
+def test_packages_are_compiled_and_loaded(tmp_path: Path) -> None:
+    exported = torch.export.export(nn.Linear(3, 2).eval(), (torch.ones(4, 3),))
+    with torch.no_grad():
+        _compat.aoti_compile(exported, tmp_path / "m.pt2", {"aot_inductor.metadata": {}})
+        (got,) = [_compat.aoti_load(tmp_path / "m.pt2")(torch.ones(4, 3))]
+        torch.testing.assert_close(got, exported.module()(torch.ones(4, 3)))
