@@ -74,6 +74,13 @@ class Child(Model):
         return self.tail(super().forward(x))
 
 
+class Outer:
+    """A name space."""
+
+    class Inner(Base):
+        """A nested model."""
+
+
 def zeros(module: nn.Module) -> dict[str, float]:
     return {name: float((p == 0).float().mean()) for name, p in module.named_parameters() if p.ndim == 2}
 
@@ -149,7 +156,8 @@ def test_a_decorated_subclass_is_optimized_by_its_own_passes_alone() -> None:
 
 def test_metadata_and_signature_are_those_of_the_class() -> None:
     assert (Model.__name__, Model.__qualname__, Model.__module__) == ("Model", "Model", __name__)
-    assert Model.__doc__ == "A model." and Model.kind == "pruned"
+    assert Model.__doc__ == inspect.getdoc(Model) == "A model." and Model.kind == "pruned"
+    assert optimize(HALF, example_inputs=X)(Outer.Inner).__qualname__ == "Outer.Inner"
     assert str(inspect.signature(Model)) == "(width: 'int' = 4, *, bias: 'bool' = True) -> 'None'"
     assert list(inspect.signature(Child).parameters) == []
     assert [c.__name__ for c in Model.__mro__[:3]] == ["Model", "Model", "Base"]
@@ -175,6 +183,7 @@ def test_pickle_deepcopy_and_torch_save_neither_rerun_nor_forget(monkeypatch: py
         assert torch.equal(other(X), model(X))
         assert other.torchopt_result.report == model.torchopt_result.report
         assert other.torchopt_result.plan == model.torchopt_result.plan
+    assert copies[1].torchopt_result is model.torchopt_result  # its masks are not doubled
     assert made == []
     assert pickle.loads(pickle.dumps(Model)) is Model
 
@@ -230,7 +239,7 @@ def test_fused_batch_norms_stay_in_the_class_and_equal_the_plain_model() -> None
 INT8 = top.Pipeline(InsertFakeQuant(target="onnx", qat=False), Calibrate(), ConvertQuantized())
 
 
-def test_int8_comes_out_as_a_captured_graph() -> None:
+def test_int8_comes_out_as_a_captured_graph(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[nn.Module] = []
 
     def data(model: nn.Module) -> top.PassContext:
@@ -246,6 +255,7 @@ def test_int8_comes_out_as_a_captured_graph() -> None:
     torch.manual_seed(0)
     plain = ConvResidual().eval()
     assert isinstance(net, top.CapturedModule) and not isinstance(net, Net)
+    assert not [r for r in caplog.records if r.name.startswith("torchopt_passes") and r.levelno >= logging.WARNING]
     assert any(t.dtype is torch.int8 for t in net.state_dict().values())
     assert type(seen[0]) is Net
     assert net.torchopt_result.modified
@@ -270,9 +280,11 @@ def test_a_function_keeps_its_name_and_arguments() -> None:
 
 def test_a_function_may_return_a_captured_graph() -> None:
     graph = top.capture(nn.Linear(8, 4), (X,))
-    result = optimize(HALF, example_inputs=X)(lambda: graph)()
+    passes = top.Pipeline(HALF, InsertFakeQuant(target="onnx"))
+    result = optimize(passes, example_inputs=X)(lambda: graph)()
     assert result is graph
     assert zeros(graph) == {"weight": 0.5}
+    assert hasattr(graph, "fake_quant")
 
 
 @pytest.mark.parametrize(
@@ -380,6 +392,7 @@ def test_an_own_from_pretrained_is_kept() -> None:
         net = kind.from_pretrained(2)
         assert type(net) is kind
         assert (net.fc.weight[0] == 0).all() and (net.fc.weight[1] == 2).all()
+        assert zeros(kind(2)) == {"fc.weight": 0.5}  # a constructor afterwards is a constructor again
 
 
 def test_a_plan_that_does_not_fit_the_source_gives_the_graph_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -270,8 +270,7 @@ def _optimized_class(target: type[nn.Module], decorator: OptimizeDecorator) -> t
         raise ConfigError(f"{target.__name__} is decorated already: give all passes to one @optimize, as a list")
     kind = type(target)
     meta = kind if issubclass(kind, _OptimizedType) else type("OptimizedType", (_OptimizedType, kind), {})
-    kept = ("__module__", "__qualname__", "__doc__")
-    body = {name: getattr(target, name) for name in kept} | {"_torchopt": decorator}
+    body = {"__module__": target.__module__, "__qualname__": target.__qualname__, "_torchopt": decorator}
     try:
         return cast("type[nn.Module]", meta(target.__name__, (target,), body))
     except TypeError as error:
