@@ -9,7 +9,7 @@ import io
 import random
 import sys
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -61,7 +61,7 @@ class Call:
         if dynamic in ("auto", "all"):
             args, kwargs = _without_batch_of_one(args, kwargs)
             choices = (_every_dim, _open_dims, _batch_dim)[dynamic == "auto" :]
-            shapes = (*(_shapes(args, kwargs, choose) for choose in choices), None)
+            shapes = (*(_shapes(signature.positional, args, kwargs, choose) for choose in choices), None)
         elif dynamic is False:
             shapes = (None,)
         else:
@@ -92,19 +92,28 @@ def trace(model: nn.Module, call: Call, *, training: bool) -> Trace:
     """
     modes = {module: module.training for module in model.modules()}
     try:
-        with no_cache(model), _own_random_state() as consumed, _layerdrop(training), _symbolic_len(model):
+        with no_cache(model), _own_random_state() as drawn:
             model.train(training)
-            exported = _export(model, call, training)
-        if consumed():
-            raise CaptureError(
-                f"{type(model).__name__} draws random numbers in Python in {_mode(training)} mode, which a graph "
-                "cannot repeat; switch that off in its config (layerdrop=0, mask_time_prob=0, mask_feature_prob=0 in "
-                "Transformers), or capture a submodule without it"
-            )
+            with _layerdrop(training), _symbolic_len(model):
+                exported = _export(model, call, training)
+            _refuse_python_random(model, call, drawn())
     finally:
         for module, mode in modes.items():
             module.training = mode
     return Trace(exported.module(check_guards=False), _dynamic_dims(exported), size_guards(exported))
+
+
+def _refuse_python_random(model: nn.Module, call: Call, drew: bool) -> None:
+    """What Python or numpy draws while tracing would be the same in every run of the graph."""
+    if not drew:
+        return
+    with _own_random_state() as drawn:
+        where = _where_drawn(model, call, drawn)
+    raise CaptureError(
+        f"{type(model).__name__} draws random numbers in Python{where}: a graph would draw the same ones in every run; "
+        "switch that off in its config (Transformers' SpecAugment: mask_time_prob=0, mask_feature_prob=0, or "
+        "apply_spec_augment=False), or capture a submodule without it"
+    )
 
 
 def _export(model: nn.Module, call: Call, training: bool) -> torch.export.ExportedProgram:
@@ -118,6 +127,8 @@ def _export(model: nn.Module, call: Call, training: bool) -> torch.export.Export
             raise
         except Exception as error:  # whatever export raises: the next, less dynamic choice may work
             failure = failure or error
+            if _is_data_dependent(error):
+                break
     raise CaptureError(_explain(model, failure or RuntimeError("no shapes"), training)) from failure
 
 
@@ -126,13 +137,17 @@ def _explain(model: nn.Module, error: Exception, training: bool) -> str:
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     text = str(error)
-    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__ or "Could not guard" in text:
+    if _is_data_dependent(error):
         way = "its Python branches on the values of a tensor: capture a submodule that does not, or use torch.where"
     elif "kwarg" in text or "unexpected keyword" in text:
         way = "check the example inputs"
     else:
         way = "capture the submodule that does the work, or change that line to tensor operations"
     return f"{type(model).__name__} cannot be captured in {_mode(training)} mode{where}: {lines[0]}. Way out: {way}"
+
+
+def _is_data_dependent(error: Exception) -> bool:
+    return "GuardOnDataDependent" in type(error).__name__ or "data-dependent" in str(error)
 
 
 def _is_machinery(filename: str) -> bool:
@@ -157,18 +172,16 @@ def _batch_dim(tensor: torch.Tensor) -> tuple[int, ...]:
     return (0,) if tensor.ndim else ()
 
 
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any], choose: Any) -> Any:
+def _shapes(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], choose: Any) -> Any:
     auto = torch.export.Dim.AUTO
 
     def spec(value: Any) -> Any:
         return dict.fromkeys(choose(value), auto) if isinstance(value, torch.Tensor) else None
 
     positional, named = pytree.tree_map(spec, args), pytree.tree_map(spec, kwargs)
-    return tuple(positional) if not kwargs else _by_order(positional, named)
-
-
-def _by_order(positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    return (*positional, *named.values()) if positional else named
+    if not kwargs:
+        return tuple(positional)
+    return dict(zip(names, positional, strict=False)) | named
 
 
 def _without_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -225,33 +238,53 @@ def _symbolic_len(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def _own_random_state() -> Generator[Any]:
+def _own_random_state() -> Generator[Callable[[], bool]]:
     """Keep every random state as it was, and tell whether Python or numpy numbers were drawn."""
     import numpy as np
 
-    state: Any = np.random.get_state()
-    before = random.getstate(), state
-    drawn: list[bool] = []
+    ours: Any = random.getstate()
+    theirs: Any = np.random.get_state()
+
+    def drawn() -> bool:
+        now: Any = np.random.get_state()
+        return random.getstate() != ours or now[2] != theirs[2] or bool((now[1] != theirs[1]).any())
+
     with torch.random.fork_rng():
         try:
-            yield lambda: any(drawn)
+            yield drawn
         finally:
-            now: Any = np.random.get_state()
-            drawn += [random.getstate() != before[0], now[2] != state[2], bool((now[1] != state[1]).any())]
-            random.setstate(before[0])
-            np.random.set_state(state)
+            random.setstate(ours)
+            np.random.set_state(theirs)
 
 
-class _NeverDropped(float):
-    """What layer drop compares with its probability: a layer is kept when the probability is 0, and only then."""
+def _where_drawn(model: nn.Module, call: Call, drawn: Callable[[], bool]) -> str:
+    """Run the model once more, line by line, and return the line of its own code that draws a number outside of torch.
 
-    def __lt__(self, probability: Any) -> bool:
-        if float(probability) > 0:
-            raise CaptureError(
-                f"layer drop with probability {float(probability)} decides in Python which layers run, at {_caller()}: "
-                "a graph cannot; set layerdrop=0 in the model's config"
-            )
-        return False
+    Numpy's generators are compiled code that no profiler sees; their state after each line tells.
+    """
+    found: list[str] = []
+    last: dict[Any, int] = {}
+
+    def watch(frame: Any, event: str, _: Any) -> Any:
+        if found or _is_machinery(frame.f_code.co_filename) or _is_library(frame):
+            return None
+        if event in ("line", "return") and frame in last and drawn():
+            found.append(f", at {frame.f_code.co_filename}:{last[frame]}")
+        last[frame] = frame.f_lineno
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        with torch.no_grad(), contextlib.suppress(Exception):
+            model(*call.args, **call.kwargs)
+    finally:
+        sys.settrace(before)
+    return found[0] if found else ""
+
+
+def _is_library(frame: Any) -> bool:
+    return frame.f_globals.get("__name__", "").split(".")[0] in ("random", "numpy")
 
 
 def _caller() -> str:
@@ -260,15 +293,37 @@ def _caller() -> str:
 
 
 class _Layerdrop(TorchFunctionMode):
-    """Transformers draws ``torch.rand([])`` for every layer in training, even when the probability is 0."""
+    """Decide ``torch.rand([]) < p`` where p is 0: Transformers asks so for every layer in training.
+
+    A random number in [0, 1) is never below 0; export leaves the draw out of the graph, since nothing reads it. Layer
+    drop with another probability chooses in Python which layers run, which no graph can.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn: list[torch.Tensor] = []
+        self._compared: list[tuple[torch.Tensor, float]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.rand and args and args[0] in ([], ()) and not kwargs:
-            return _NeverDropped(1.0)
-        return func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("lt", "__lt__") and any(args[0] is drawn for drawn in self._drawn):
+            probability = float(args[1])
+            if probability <= 0:
+                return False
+            compared = func(*args, **(kwargs or {}))
+            self._compared.append((compared, probability))
+            return compared
+        if func is torch.Tensor.__bool__:
+            for compared, probability in self._compared:
+                if args[0] is compared:
+                    raise CaptureError(
+                        f"layer drop with probability {probability} decides in Python which layers run, at "
+                        f"{_caller()}: a graph cannot; set layerdrop=0 in the model's config"
+                    )
+        value = func(*args, **(kwargs or {}))
+        if func is torch.rand and value.ndim == 0:
+            self._drawn.append(value)
+        return value
 
 
-def _layerdrop(training: bool) -> Any:
-    from contextlib import nullcontext
-
-    return _Layerdrop() if training else nullcontext()
+def _layerdrop(training: bool) -> contextlib.AbstractContextManager[Any]:
+    return _Layerdrop() if training else contextlib.nullcontext()
