@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from torchopt_passes.errors import CaptureError
 from torchopt_passes.graph.align import merge_modes
+from torchopt_passes.graph.capture_proof import prove_capture
 from torchopt_passes.graph.captured import FACTS, CapturedModule, build_captured
 from torchopt_passes.graph.guards import parse_guard
 from torchopt_passes.graph.modes import set_mode
@@ -27,6 +28,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     dynamic: Dynamic = "auto",
+    prove: bool = True,
 ) -> CapturedModule:
     """Capture a model as a trainable graph of ATen operations.
 
@@ -37,12 +39,15 @@ def capture(
         dynamic: ``"auto"`` keeps the batch, and the length of sequences, open where the model allows it
             (``meta["dynamic_dims"]`` tells which); ``"all"`` tries every size, of images too; False fixes every size;
             a dict is ``torch.export``'s ``dynamic_shapes`` by input name.
+        prove: run model and graph on the example inputs, in both modes, and compare; False for models too large to
+            run here.
 
     Returns:
         The graph, in the mode (train or eval) of the model.
 
     Raises:
-        CaptureError: the model cannot be captured; names the line of the user's code, and a way out.
+        CaptureError: the model cannot be captured, or the graph does not compute what the model does; names the line
+            of the user's code, and a way out.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout(0.5))
@@ -72,6 +77,8 @@ def capture(
     captured = build_captured(root, train.module.graph, type(model).__name__, meta)
     set_mode(captured.graph, model.training)
     captured.recompile()
+    if prove:
+        prove_capture(model, captured, call)
     return captured
 
 
