@@ -16,15 +16,22 @@ __all__ = [
     "aoti_compile",
     "aoti_load",
     "both_specs",
+    "call_structure",
     "calling_trainer",
     "compiled_source",
     "copy_graph",
     "count_shifted_labels",
     "decomposed_ops",
+    "fake_tensor_mode",
     "flat_inputs",
+    "is_operator",
+    "load_structure",
     "output_spec",
     "output_spec_of",
     "predicts_next_token",
+    "register_int8_kernels",
+    "save_structure",
+    "set_call_structure",
     "set_output_spec",
     "size_guards",
     "split_spec",
@@ -79,6 +86,48 @@ def set_output_spec(graph: fx.Graph, spec: pytree.TreeSpec) -> None:
     graph._codegen.pytree_info = graph._codegen.pytree_info._replace(out_spec=spec)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def call_structure(graph: fx.Graph) -> tuple[list[str], pytree.TreeSpec, pytree.TreeSpec]:
+    """Return the names of a graph's inputs and the structures of its inputs and outputs (private code generator)."""
+    info: Any = graph._codegen.pytree_info  # pyright: ignore[reportAttributeAccessIssue]
+    return list(info.orig_args), info.in_spec, info.out_spec
+
+
+def set_call_structure(graph: fx.Graph, names: list[str], in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> None:
+    """Give a graph the names of its inputs and the structures of its inputs and outputs, as `call_structure` reads."""
+    from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, out_spec)))
+
+
+def is_operator(target: Any) -> bool:
+    """Return whether a node's target is one overload of a registered operator; the class has no public name."""
+    from torch._ops import OpOverload
+
+    return isinstance(target, OpOverload)
+
+
+def save_structure(spec: pytree.TreeSpec) -> str:
+    """Return a structure as JSON text; pytree has no public module."""
+    return pytree.treespec_dumps(spec)
+
+
+def load_structure(text: str) -> pytree.TreeSpec:
+    """Return the structure of JSON text; only registered classes come back, nothing is imported.
+
+    Building a leaf makes torch 2.13 warn of its own deprecated class, which no user can change.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        return pytree.treespec_loads(text)
+
+
+def fake_tensor_mode() -> Any:
+    """Return a mode in which tensors have shapes and no data; its class has no public name."""
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode()
+
+
 def split_spec(graph: fx.Graph) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
     """Return the two structures that `both_specs` put together for a graph's outputs."""
     first, second = graph._codegen.pytree_info.out_spec.children()  # pyright: ignore[reportAttributeAccessIssue]
@@ -110,6 +159,20 @@ def aoti_compile(exported: ExportedProgram, path: Path, options: dict[str, Any])
         import torch._inductor
 
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+
+
+def register_int8_kernels() -> None:
+    """Let the compiler make int8 kernels of quantize and dequantize operators on x86.
+
+    Torch 2.13 does so by itself; 2.14 has left the rewrites to torchao. Those are registered alone: importing
+    torchao's x86 quantizer would do it too, and overwrite the user's ``pre_grad_custom_pass`` with its own.
+    """
+    from torch._inductor.fx_passes import quantization
+
+    if not hasattr(quantization, "_register_quantization_weight_pack_pass"):
+        from torchao.quantization.pt2e.inductor_passes import x86
+
+        x86._register_quantization_weight_pack_pass()
 
 
 def aoti_load(path: Path) -> Any:
