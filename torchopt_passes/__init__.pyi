@@ -14,6 +14,7 @@ from .errors import CallbackError as CallbackError
 from .errors import CaptureError as CaptureError
 from .errors import ConfigError as ConfigError
 from .errors import ExportError as ExportError
+from .errors import InputError as InputError
 from .errors import MissingExtraError as MissingExtraError
 from .errors import PassError as PassError
 from .errors import PlanError as PlanError
@@ -27,6 +28,8 @@ from .graph.base import on_copy as on_copy
 from .graph.capture import CapturedModule as CapturedModule
 from .graph.capture import capture as capture
 from .graph.capture import release as release
+from .graph.saving import load_captured as load_captured
+from .graph.saving import save_captured as save_captured
 from .graph.compare import LayerSqnr as LayerSqnr
 from .graph.compare import layer_sqnr as layer_sqnr
 from .graph.cost import LayerCost as LayerCost
