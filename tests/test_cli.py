@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +18,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import torchopt_passes as top
+from torchopt_passes import demo
 from torchopt_passes.cli import app
 from torchopt_passes.deploy import export
 from torchopt_passes.graph.pruning import PruneWeights
-from torchopt_passes.show.tables import Table
 
 
 def run(*args: object, code: int = 0) -> str:
@@ -111,6 +110,9 @@ def test_apply_leaves_nothing_when_it_fails(folder: Path) -> None:
     (folder / "other.safetensors").write_bytes(b"nothing")
     assert "is no file of tensors" in run("apply", folder, folder / "other.safetensors", folder / "a", code=2)
     assert "no file" in run("apply", folder, folder / "none.safetensors", folder / "a", code=2)
+    (folder / "full").mkdir()
+    run("apply", folder, folder / "before.safetensors", folder / "full", code=2)
+    (folder / "full").rmdir()
     assert sorted(p.name for p in folder.iterdir()) == [
         "before.safetensors",
         "other.safetensors",
@@ -132,14 +134,17 @@ def test_report_of_an_artifact(model: nn.Module, tmp_path: Path) -> None:
 def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[Any] = []
 
-    def fake(out: Path, *, seed: int) -> Any:
+    def fake(out: Path, *, seed: int) -> demo.DemoResult:
         calls.append((out, seed))
-        return SimpleNamespace(table=Table(["stage"], [("teacher",)]), folder=out)
+        stage = demo.Stage(
+            name="teacher", accuracy=0.985, parameters=10, zeros=0.5, size=2000, latency=0.002, speedup=1.0
+        )
+        return demo.DemoResult(stages=(stage,), folder=out)
 
-    monkeypatch.setitem(sys.modules, "torchopt_passes.demo", SimpleNamespace(run_demo=fake))
+    monkeypatch.setattr(demo, "run_demo", fake)
     text = run("demo", "--out", tmp_path, "--seed", 3)
     assert calls == [(tmp_path, 3)]
-    assert "teacher" in text
+    assert "teacher" in text and "98.50%" in text and "test accuracy" in text
     assert str(tmp_path) in text
 
 

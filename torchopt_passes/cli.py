@@ -83,8 +83,7 @@ def demo(
     from torchopt_passes.demo import run_demo
 
     result = run_demo(out, seed=seed)
-    if result.table is not None:
-        _show(result.table)
+    _show(result.table())
     typer.echo(f"\nPlan, weights, artefacts and plot are in {result.folder}")
 
 
