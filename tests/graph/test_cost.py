@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import Attention, ConvResidual, TiedTwice
+from torchopt_passes._compat import decomposed_ops
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.capture import capture
@@ -169,6 +170,28 @@ def test_int8_weights_are_parameters_of_one_byte() -> None:
     scales = 18 * (4 + 8)  # float32 and int64 for each output channel
     assert after.bytes == weights + 4 * 18 + scales
     assert after.total.zeros >= weights // 2
+
+
+def test_the_integer_that_stands_for_zero_is_the_zero() -> None:
+    decomposed = decomposed_ops()
+    root = nn.Module()
+    root.register_buffer("w", torch.tensor([[3, 3, 0], [5, 3, 5]], dtype=torch.int8))
+    root.register_buffer("s", torch.ones(2))
+    root.register_buffer("z", torch.tensor([3, 5]))
+    root.register_buffer("v", torch.tensor([7, 7, 0], dtype=torch.int8))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    w, s, z, v = (graph.get_attr(name) for name in "wszv")
+    channels = decomposed.dequantize_per_channel.default
+    weight = graph.call_function(channels, (w, s, z, 0, -128, 127, torch.int8))
+    tensor = decomposed.dequantize_per_tensor.default
+    bias = graph.call_function(tensor, (v, 0.5, 7, -128, 127, torch.int8))
+    product = graph.call_function(torch.ops.aten.linear.default, (x, weight))
+    graph.output((product, bias))
+    cost = measure(fx.GraphModule(root, graph), torch.ones(2, 3))
+    assert (cost.parameters, cost.total.zeros) == (9, 2 + 2 + 2)
+    assert cost.macs == 6
+    assert cost.bytes == 6 + 3 + 2 * 4 + 2 * 8
 
 
 def test_fake_quantized_graph_costs_the_same_macs_and_parameters() -> None:

@@ -49,8 +49,8 @@ def layer_sqnr(reference: fx.GraphModule, other: fx.GraphModule, inputs: Any = N
     """Compare the result of every matrix operation, and the outputs, between two graphs of one model.
 
     The graphs are matched by node names, which passes keep. Where a batch norm was folded into an operation, the
-    reference's value behind the batch norm is compared. Both run in eval mode, in their own dtypes, each on its own
-    values (errors add up through the layers); neither is changed.
+    reference's value behind the batch norm is compared; where a bias is added apart, the sum is. Both run in eval
+    mode, in their own dtypes, each on its own values (errors add up through the layers); neither is changed.
 
     Args:
         reference: the graph before, such as the float model.
@@ -89,10 +89,18 @@ def _row(node: fx.Node, twins: dict[str, fx.Node], before: dict[str, Any], after
     norm = _folded_norm(node, twins)
     if norm is not None:
         value, note = before[norm.name], f"behind {norm.name}, which is folded in"
-    ratio = _sqnr(after[twin.name], value)
+    ratio = _sqnr(after[_with_bias(twin, node).name], value)
     return LayerSqnr(
         layer=layer, node=node.name, kind=kind, sqnr=ratio, note=note if ratio is not None else "its shape differs"
     )
+
+
+def _with_bias(twin: fx.Node, node: fx.Node) -> fx.Node:
+    """Return the addition behind an operation that got its bias taken apart, else the operation itself."""
+    reader = next(iter(twin.users), twin)
+    apart = len(twin.args) < len(node.args) and len(twin.users) == 1 and reader.target is aten.add.Tensor
+    other = reader.args[1] if apart else None
+    return reader if isinstance(other, fx.Node) and other.op == "get_attr" else twin
 
 
 def _folded_norm(node: fx.Node, twins: dict[str, fx.Node]) -> fx.Node | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +137,7 @@ def layer_of(node: fx.Node) -> str:
     """Return the dotted name of the module that an operation came from; a rewritten one's is its weight's owner."""
     paths = [str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
     if paths:
-        return re.sub(r"@\d+", "", paths[-1])  # a module that is called again is numbered so
+        return paths[-1]
     names = [parameter_behind(node.args[p]) for p in MATRIX_OPS.get(node.target, ()) if p < len(node.args)]
     return next((name.rpartition(".")[0] for name in names if name), "")
 
