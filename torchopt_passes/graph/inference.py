@@ -9,9 +9,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from torchopt_passes._compat import output_spec
+from torchopt_passes._compat import copy_graph, output_spec_of
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.inplace import written_argument
+from torchopt_passes.graph.modes import in_one_mode
 from torchopt_passes.graph.verify import in_eval_mode
 
 __all__ = ["LOSS", "leaf_names", "named_outputs", "to_inference"]
@@ -58,7 +59,7 @@ def to_inference(graph_module: fx.GraphModule, outputs: Sequence[str] | None = N
         (('x',), ('labels',), (tensor([2., 2.]),))
     """
     graph = _eval_graph(graph_module)
-    kept, dropped = _outputs(graph_module, graph, outputs)
+    kept, dropped = _outputs(graph, outputs)
     live = _needed(graph, [node for _, node in kept])
     result = fx.Graph()
     twins: dict[fx.Node, fx.Node] = {}
@@ -106,22 +107,18 @@ def named_outputs(tree: Any) -> list[tuple[str, Any]]:
 
 def _eval_graph(graph_module: fx.GraphModule) -> fx.Graph:
     if not graph_module.training:
-        return graph_module.graph
+        return in_one_mode(graph_module.graph, training=False)
     try:
         with in_eval_mode(graph_module):
-            copied = fx.Graph()
-            copied.output(copied.graph_copy(graph_module.graph, {}))
-            return copied
+            return in_one_mode(copy_graph(graph_module.graph), training=False)
     except NotImplementedError:  # graphs of torch.export refuse eval(): each node is checked instead
         return graph_module.graph
 
 
-def _outputs(
-    graph_module: fx.GraphModule, graph: fx.Graph, wanted: Sequence[str] | None
-) -> tuple[list[tuple[str, fx.Node]], tuple[str, ...]]:
+def _outputs(graph: fx.Graph, wanted: Sequence[str] | None) -> tuple[list[tuple[str, fx.Node]], tuple[str, ...]]:
     (output,) = graph.find_nodes(op="output")
     values = pytree.tree_leaves(output.args[0], is_leaf=lambda x: isinstance(x, fx.Node))
-    spec = output_spec(graph_module)
+    spec = output_spec_of(graph)
     tree = pytree.tree_unflatten(values, spec) if spec is not None else output.args[0]
     named = named_outputs(tree)
     names = [name for name, node in named if isinstance(node, fx.Node)]

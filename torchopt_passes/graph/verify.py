@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchopt_passes._compat import flat_inputs
+from torchopt_passes.graph.modes import in_one_mode
 
 __all__ = ["Inputs", "evaluate", "first_difference", "in_eval_mode", "relative_error", "sqnr"]
 
@@ -99,8 +100,8 @@ def evaluate(
         record: when given, receives the value of every node by name.
     """
     flat = [_cast(value, dtype) for value in flat_inputs(graph_module, *inputs)]
-    interpreter = _Interpreter(graph_module, dtype, state or {}, record)
     with in_eval_mode(graph_module):
+        interpreter = _Interpreter(graph_module, dtype, state or {}, record)
         saved = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
         try:
             output = interpreter.run(*flat, enable_io_processing=False)
@@ -133,7 +134,7 @@ class _Interpreter(fx.Interpreter):
         state: Mapping[str, torch.Tensor],
         record: dict[str, Any] | None,
     ) -> None:
-        super().__init__(module)
+        super().__init__(module, graph=in_one_mode(module.graph, training=False))
         self._dtype, self._state, self._record = dtype, state, record
 
     def run_node(self, n: fx.Node) -> Any:
