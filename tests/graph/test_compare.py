@@ -85,3 +85,14 @@ def test_without_inputs() -> None:
     del graph_module.meta["example_inputs"]
     with pytest.raises(ConfigError, match="needs inputs"):
         layer_sqnr(graph_module, graph_module)
+
+
+def test_another_operation_of_the_same_name_is_not_compared() -> None:
+    reference = capture(nn.Linear(4, 4, bias=False).eval(), (torch.randn(2, 4),))
+    other = copy.deepcopy(reference)
+    (node,) = other.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    node.target = torch.ops.aten.matmul.default
+    other.recompile()
+    row, output = layer_sqnr(reference, other)
+    assert (row.node, row.sqnr, row.note) == (node.name, None, "not in the other graph")
+    assert output.sqnr is not None and output.sqnr < 10

@@ -67,8 +67,7 @@ def layer_sqnr(reference: fx.GraphModule, other: fx.GraphModule, inputs: Any = N
     call = as_call(inputs) if inputs is not None else reference.meta.get("example_inputs")
     if call is None:
         raise ConfigError("layer_sqnr needs inputs: the reference graph has no example inputs")
-    before: dict[str, Any] = {}
-    after: dict[str, Any] = {}
+    before, after = _Values(reference), _Values(other)
     expected = evaluate(reference, call, dtype=None, record=before)
     actual = evaluate(other, call, dtype=None, record=after)
     twins = {node.name: node for node in other.graph.nodes}
@@ -77,6 +76,19 @@ def layer_sqnr(reference: fx.GraphModule, other: fx.GraphModule, inputs: Any = N
         if isinstance(b, torch.Tensor) and b.is_floating_point():
             rows.append(LayerSqnr(layer="", node=str(index), kind="output", sqnr=_sqnr(a, b)))
     return tuple(rows)
+
+
+class _Values(dict[str, Any]):
+    """Takes what nodes compute, and keeps the compared operations and what directly reads them: not all activations."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        compared = [node for node in graph_module.graph.nodes if node.target in _COMPARED]
+        self._wanted = {near.name for node in compared for near in (node, *node.users)}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name in self._wanted:
+            super().__setitem__(name, value)
 
 
 def _row(node: fx.Node, twins: dict[str, fx.Node], before: dict[str, Any], after: dict[str, Any]) -> LayerSqnr:
