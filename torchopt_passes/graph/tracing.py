@@ -8,7 +8,9 @@ import inspect
 import io
 import random
 import sys
+import sysconfig
 import traceback
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ from torchopt_passes.errors import CaptureError
 from torchopt_passes.graph.signature import CallSignature
 
 __all__ = ["Call", "Trace", "no_cache", "trace"]
+
+
+_STDLIB = sysconfig.get_path("stdlib").replace("\\", "/")
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,7 @@ def _export(model: nn.Module, call: Call, training: bool) -> torch.export.Export
     failure: Exception | None = None
     for shapes in call.shapes:
         try:
-            # a failed export prints the graph that it has so far
-            with contextlib.redirect_stderr(io.StringIO()):
+            with _quiet_export():
                 return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise
@@ -130,6 +134,14 @@ def _export(model: nn.Module, call: Call, training: bool) -> torch.export.Export
             if _is_data_dependent(error):
                 break
     raise CaptureError(_explain(model, failure or RuntimeError("no shapes"), training)) from failure
+
+
+@contextmanager
+def _quiet_export() -> Generator[None]:
+    """Hold back what export says of its own doings: the graph of a failed attempt, and the flat weights of an RNN."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights", category=UserWarning)
+        yield
 
 
 def _explain(model: nn.Module, error: Exception, training: bool) -> str:
@@ -152,7 +164,9 @@ def _is_data_dependent(error: Exception) -> bool:
 
 def _is_machinery(filename: str) -> bool:
     inside = filename.replace("\\", "/")
-    return "/torch/" in inside or "/torchopt_passes/" in inside or inside.startswith("<")
+    if "/torch/" in inside or "/torchopt_passes/" in inside or inside.startswith("<"):
+        return True
+    return inside.startswith(_STDLIB) and "/site-packages/" not in inside
 
 
 def _mode(training: bool) -> str:
