@@ -93,3 +93,52 @@ def test_packages_are_compiled_and_loaded(tmp_path: Path) -> None:
         _compat.aoti_compile(exported, tmp_path / "m.pt2", {"aot_inductor.metadata": {}})
         (got,) = [_compat.aoti_load(tmp_path / "m.pt2")(torch.ones(4, 3))]
         torch.testing.assert_close(got, exported.module()(torch.ones(4, 3)))
+
+
+def test_structures_of_a_captured_graph() -> None:
+    from torch import fx
+
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor, *, y: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"sum": x + y, "product": x * y}
+
+    x, y = torch.ones(2), torch.full((2,), 3.0)
+    exported = torch.export.export(Pair(), (x,), {"y": y})
+    graph = exported.module(check_guards=False).graph
+    names, in_spec, out_spec = _compat.call_structure(graph)
+    assert names == ["x", "y"]
+    assert _compat.output_spec_of(graph) == out_spec
+    assert _compat.load_structure(_compat.save_structure(out_spec)) == out_spec
+
+    twin = _compat.copy_graph(graph)
+    _compat.set_output_spec(twin, _compat.both_specs(out_spec, out_spec))
+    assert _compat.split_spec(twin) == (out_spec, out_spec)
+    assert _compat.output_spec_of(graph) == out_spec, "the copy's structure is its own"
+
+    bare = fx.Graph()
+    bare.output(bare.graph_copy(graph, {}))
+    _compat.set_call_structure(bare, names, in_spec, out_spec)
+    again = fx.GraphModule(nn.Module(), bare)
+    assert torch.equal(again(x, y=y)["product"], x * y)
+
+
+def test_operators_and_tensors_without_data() -> None:
+    import operator
+
+    assert _compat.is_operator(torch.ops.aten.add.Tensor)
+    assert not _compat.is_operator(torch.ops.aten.add)
+    assert not _compat.is_operator(operator.add)
+    mode = _compat.fake_tensor_mode()
+    fake = mode.from_tensor(torch.ones(2, 3))
+    with mode:
+        assert (fake @ fake.T).shape == (2, 2)
+
+
+def test_export_tells_the_sizes_it_assumed() -> None:
+    class Tied(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    auto = {0: torch.export.Dim.AUTO}
+    exported = torch.export.export(Tied(), (torch.ones(3), torch.ones(3)), dynamic_shapes=(auto, auto), strict=False)
+    assert _compat.size_guards(exported) == ("L['x'].size()[0] == L['y'].size()[0]",)
