@@ -10,6 +10,7 @@ Rows are written to benchmarks/records/capture_matrix.csv as they are ready; one
 from __future__ import annotations
 
 import csv
+import fcntl
 import gc
 import json
 import logging
@@ -26,14 +27,15 @@ from typing import Any, Self
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from tests.graph import promises
 from tests.hf_models import MODELS, HFModel
 from torchopt_passes.errors import CaptureError
-from torchopt_passes.graph.capture import capture
+from torchopt_passes.graph.capture import CapturedModule, capture
+from torchopt_passes.graph.saving import load_captured, save_captured
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "records" / "capture_matrix.csv"
@@ -55,10 +57,7 @@ CHECKS = {
     "deepcopy": "a deepcopy equals the graph, shares nothing with it, and has its own mode",
     "two steps": "parameters and buffers after two optimizer steps",
     "release": "`release` gives the source back, computing what the graph does",
-    "fresh process": (
-        "saved here; in another process loaded into a capture of a model with other weights (torchvision: into the model "
-        "itself): eval outputs"
-    ),
+    "fresh process": "saved, and loaded in a process that has only the files: eval outputs",
 }
 
 
@@ -71,10 +70,10 @@ def main(arguments: list[str]) -> None:
     if family == "docs":
         write_page()
     elif family == "worker":
-        load_rows(names[0])
+        answer_folders()
     else:
         models = models_of(family)
-        with Worker(family) as worker:
+        with Worker() as worker:
             for name in names or models:
                 write(row_of(family, name, models[name], worker))
 
@@ -122,7 +121,7 @@ def row_of(family: str, name: str, spec: HFModel, worker: Worker) -> dict[str, A
         "train again": lambda: promises.drops(graph, case) == spec.drops,
         "two steps": lambda: promises.two_steps(step, graph, source, case),
         "release": lambda: promises.released(graph, model, case),
-        "fresh process": lambda: worker.distance(name, graph, case),
+        "fresh process": lambda: worker.distance(graph),
         "deepcopy": lambda: promises.copied(graph, case),
     }
     for names, check in checks.items():
@@ -137,10 +136,10 @@ def row_of(family: str, name: str, spec: HFModel, worker: Worker) -> dict[str, A
 
 
 class Worker:
-    """A second process that knows nothing but the files: it captures with other weights, loads, and compares."""
+    """A second process that knows nothing but the files of `save_captured`: it loads, runs, and compares."""
 
-    def __init__(self, family: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.capture_matrix", "worker", family]
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "benchmarks.capture_matrix", "worker"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
     def __enter__(self) -> Self:
@@ -149,56 +148,62 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.process.communicate()
 
-    def distance(self, name: str, graph: nn.Module, case: promises.Case) -> Any:
+    def distance(self, graph: CapturedModule) -> Any:
+        args, kwargs = graph.meta["example_inputs"]
         with tempfile.TemporaryDirectory() as folder:
             graph.eval()
             with torch.no_grad():
-                leaves = pytree.tree_leaves(graph(*case[0], **case[1]))
-            save_file({str(i): t.contiguous() for i, t in enumerate(leaves) if t is not None}, f"{folder}/outputs")
-            save_model(graph, f"{folder}/model.safetensors")
+                save_file(_leaves(graph(*args, **kwargs)), f"{folder}/outputs")
+            save_captured(graph, f"{folder}/graph")
             if not self.process.stdin or not self.process.stdout:
                 raise RuntimeError("the second process has no pipes")
-            print(json.dumps([name, folder]), file=self.process.stdin, flush=True)
+            print(folder, file=self.process.stdin, flush=True)
             answer = json.loads(self.process.stdout.readline())
         if isinstance(answer, str):
             raise RuntimeError(answer)
         return answer
 
 
-def load_rows(family: str) -> None:
-    """Answer each line of stdin (a model's name and a folder) with the distance of the loaded model's outputs."""
-    models, answers = models_of(family), sys.stdout
+def answer_folders() -> None:
+    """Answer each line of stdin (a folder) with the distance of the loaded graph's outputs."""
+    answers = sys.stdout
     sys.stdout = sys.stderr
     for line in sys.stdin:
-        name, folder = json.loads(line)
-        spec = models[name]
+        folder = line.strip()
         try:
-            torch.manual_seed(1)
-            case = spec.case(2)
-            loaded: nn.Module = spec.build()
-            if family == "transformers":
-                loaded = capture(loaded, *case)
-            load_model(loaded.eval(), f"{folder}/model.safetensors")
+            loaded = load_captured(f"{folder}/graph")
+            args, kwargs = loaded.meta["example_inputs"]
             with torch.no_grad():
-                leaves = pytree.tree_leaves(loaded(*case[0], **case[1]))
-            ours = {str(i): t.contiguous() for i, t in enumerate(leaves) if t is not None}
+                ours = _leaves(loaded(*args, **kwargs))
             answer: Any = promises.distance(ours, load_file(f"{folder}/outputs"))
+            del loaded
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"[:160]
         print(json.dumps(answer), file=answers, flush=True)
         gc.collect()
 
 
+def _leaves(output: Any) -> dict[str, torch.Tensor]:
+    return {str(i): t.contiguous() for i, t in enumerate(pytree.tree_leaves(output)) if t is not None}
+
+
 def write(row: dict[str, Any]) -> None:
+    """Put a row into the record; two families may be run at once."""
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    with (RECORD.parent / ".capture_matrix.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _replace_row(row)
+    bad = [name for name in CHECKS if row.get("captured") == "yes" and not _holds(_text(row[name]))]
+    print(row["model"], row["captured"], row.get("seconds", ""), {n: row[n] for n in bad} or "all hold", flush=True)
+
+
+def _replace_row(row: dict[str, Any]) -> None:
     rows = {(r["family"].split()[0], r["model"]): r for r in read()}
     rows[row["family"].split()[0], row["model"]] = {k: _text(row.get(k, "")) for k in (*FACTS, *CHECKS)}
-    RECORD.parent.mkdir(parents=True, exist_ok=True)
     with RECORD.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*FACTS, *CHECKS], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
-    bad = [name for name in CHECKS if row.get("captured") == "yes" and not _holds(_text(row[name]))]
-    print(row["model"], row["captured"], row.get("seconds", ""), {n: row[n] for n in bad} or "all hold", flush=True)
 
 
 def read() -> list[dict[str, str]]:
