@@ -93,6 +93,21 @@ class CapturedModule(fx.GraphModule):
         """The dtype of the first floating parameter."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state dict of the source; a tied tensor comes as a copy under its second name and later ones.
+
+        The Trainer writes the state dict of what is no ``PreTrainedModel`` by safetensors, which refuses tensors that
+        share memory: checkpoints of a captured decoder would fail.
+        """
+        state = super().state_dict(*args, **kwargs)
+        if not kwargs.get("keep_vars", False):
+            prefix, seen = kwargs.get("prefix", ""), set[int]()
+            for name, parameter in self.named_parameters(remove_duplicate=False):
+                if id(parameter) in seen and prefix + name in state:
+                    state[prefix + name] = state[prefix + name].clone()
+                seen.add(id(parameter))
+        return state
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         root = nn.Module()
         for table in _TABLES:
