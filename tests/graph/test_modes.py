@@ -194,3 +194,17 @@ def test_a_graph_that_would_be_wrong_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="does not compute what the model does"):
         capture(Counting(), (torch.ones(2, 3),))
+
+
+def test_a_submodule_the_user_froze_starts_frozen() -> None:
+    x = torch.randn(6, 4)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    model[0].eval()
+    source = copy.deepcopy(model)
+    graph = capture(model, (x,))
+    assert torch.equal(graph(x), source(x))
+    assert not graph.get_submodule("0").training
+    assert not model[0].training
+    evaluate(graph, ((x,), {}))
+    assert torch.equal(graph(x), source(x)), "a proof leaves it so"
+    assert torch.equal(graph.train()(x), source.train()(x)), "train() thaws it, as on the source"

@@ -43,7 +43,7 @@ def capture(
             run here.
 
     Returns:
-        The graph, in the mode (train or eval) of the model.
+        The graph, in the mode (train or eval) of the model and of each of its submodules, until the next ``train()``.
 
     Raises:
         CaptureError: the model cannot be captured, or the graph does not compute what the model does; names the line
@@ -75,10 +75,10 @@ def capture(
     root = _same_state(model)
     _add_constants(root, train.module)
     captured = build_captured(root, train.module.graph, type(model).__name__, meta)
-    set_mode(captured.graph, model.training)
-    captured.recompile()
     if prove:
         prove_capture(model, captured, call)
+    set_mode(captured.graph, lambda node: model.get_submodule(_module_of(node)).training)
+    captured.recompile()
     return captured
 
 
@@ -120,6 +120,12 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+
+
+def _module_of(node: fx.Node) -> str:
+    """Return the path of the module whose forward made a node: what the user froze with ``eval()`` starts frozen."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(stack.values())), "")
 
 
 def _same_state(module: nn.Module, made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:

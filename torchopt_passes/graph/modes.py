@@ -9,6 +9,7 @@ survives deepcopy and every rewrite that keeps its nodes' metadata.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -53,19 +54,22 @@ def follow_mode(node: fx.Node, argument: int | str, train_value: Any, eval_value
     node.meta[MODE_ARGS] = node.meta.get(MODE_ARGS, {}) | {argument: (train_value, eval_value)}
 
 
-def set_mode(graph: fx.Graph, training: bool) -> bool:
+def set_mode(graph: fx.Graph, training: bool | Callable[[fx.Node], bool]) -> bool:
     """Switch every mode-dependent argument of a graph; nodes marked `FROZEN` stay in eval mode.
 
     Args:
         graph: the graph of a captured module; the caller recompiles its module when it changed.
-        training: True for train mode.
+        training: True for train mode, or a function that tells it for each node.
 
     Returns:
         Whether anything changed.
     """
     changed = False
     for node in graph.nodes:
-        mode = training and not node.meta.get(FROZEN, False)
+        if MODE_ARGS not in node.meta:
+            continue
+        wanted = training(node) if callable(training) else training
+        mode = wanted and not node.meta.get(FROZEN, False)
         for argument, (train_value, eval_value) in node.meta.get(MODE_ARGS, {}).items():
             changed |= _set(node, argument, train_value if mode else eval_value)
     return changed

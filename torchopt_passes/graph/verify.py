@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchopt_passes._compat import flat_inputs
-from torchopt_passes.graph.modes import in_one_mode
+from torchopt_passes.graph.modes import MODE_ARGS, in_one_mode
 
 __all__ = ["Inputs", "evaluate", "first_difference", "in_eval_mode", "relative_error", "sqnr"]
 
@@ -72,6 +72,7 @@ def in_eval_mode(module: nn.Module) -> Generator[None]:
     """Run a block with the module in eval mode; every submodule's mode and the RNG are as before afterwards."""
     modes = {child: child.training for child in module.modules()}
     was_training = module.training
+    switched = _mode_dependent(module)
     module.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -80,6 +81,15 @@ def in_eval_mode(module: nn.Module) -> Generator[None]:
         module.train(was_training)
         for child, mode in modes.items():
             child.training = mode
+        if any(node.args != args or node.kwargs != kwargs for node, (args, kwargs) in switched.items()):
+            for node, (args, kwargs) in switched.items():  # parts that were in another mode than the whole
+                node.args, node.kwargs = args, kwargs
+            module.recompile()  # pyright: ignore[reportCallIssue]
+
+
+def _mode_dependent(module: nn.Module) -> dict[fx.Node, tuple[Any, Any]]:
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    return {node: (node.args, node.kwargs) for node in nodes if MODE_ARGS in node.meta}
 
 
 def evaluate(
