@@ -25,6 +25,7 @@ __all__ = [
     "fake_tensor_mode",
     "flat_inputs",
     "is_operator",
+    "know_namedtuple",
     "load_structure",
     "output_spec",
     "output_spec_of",
@@ -107,8 +108,21 @@ def is_operator(target: Any) -> bool:
 
 
 def save_structure(spec: pytree.TreeSpec) -> str:
-    """Return a structure as JSON text; pytree has no public module."""
+    """Return a structure as JSON text, the classes of named tuples by their name; pytree has no public module."""
+    pending = [spec]
+    while pending:
+        one = pending.pop()
+        pending += one.children()
+        if pytree.is_namedtuple_class(one.context):
+            know_namedtuple(one.context)
     return pytree.treespec_dumps(spec)
+
+
+def know_namedtuple(kind: type[Any]) -> None:
+    """Let structures with this class of named tuples be saved and loaded; pytree's registration of them is private."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        pytree._register_namedtuple(kind, serialized_type_name=name)
 
 
 def load_structure(text: str) -> pytree.TreeSpec:

@@ -18,7 +18,21 @@ from tests.graph.test_modes import EveryOp, Forked
 from tests.hf_models import MODELS
 from tests.models import ZOO, build
 
+
+class Named(torch.nn.Module):
+    """Returns a dict whose keys look like names of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        y = self.fc(x)
+        return {"os.path": y + 1, "nested": ({"no.such.module": y}, [y.sum()])}
+
+
 MAKE: dict[str, Any] = {
+    "named": lambda: (Named(), (torch.randn(4, 3),), {}),
     **{name: lambda name=name: (build(name)[0], build(name)[1], {}) for name in ZOO},
     "forked": lambda: (Forked(), (torch.randn(4, 3),), {}),
     "every_op": lambda: (EveryOp(), (torch.randn(4, 4),), {}),

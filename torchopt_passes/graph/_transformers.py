@@ -1,13 +1,15 @@
-"""What a captured graph keeps of Transformers in its files: the configuration, and the names of output classes."""
+"""What a captured graph keeps of model libraries in its files: the configuration, and the names of output classes."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
+import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from torchopt_passes._compat import know_namedtuple
 from torchopt_passes.errors import CaptureError
 
 __all__ = ["config_from_data", "config_to_data", "know_output_classes"]
@@ -31,15 +33,29 @@ def config_from_data(data: dict[str, Any] | None) -> Any:
 
 
 def know_output_classes(structure: str) -> None:
-    """Import the Transformers modules whose output classes a saved structure names; no other module is imported.
+    """Import the modules of Transformers and torchvision whose output classes a saved structure names, and no others.
 
     Raises:
         CaptureError: a class is of another package that is not imported here.
     """
-    for name in re.findall(r'"type": "([\w.]+)"', structure):
-        module = name.rpartition(".")[0]
-        if module in sys.modules or module.split(".")[0] in ("builtins", "collections"):
+    for name in _classes(json.loads(structure)[1]):
+        module, _, kind = name.rpartition(".")
+        if module.split(".")[0] in ("builtins", "collections"):
             continue
-        if not module.startswith("transformers."):
-            raise CaptureError(f"the model returns a {name}: import {module} before loading")
-        importlib.import_module(module)
+        if module not in sys.modules:
+            if not module.startswith(("transformers.", "torchvision.")):
+                raise CaptureError(f"the model returns a {name}: import {module} before loading")
+            importlib.import_module(module)
+        found = getattr(sys.modules[module], kind, None)
+        if isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields"):
+            know_namedtuple(found)
+
+
+def _classes(node: dict[str, Any]) -> Iterator[str]:
+    """Yield the class names in a structure; a named tuple's is its context."""
+    if node["type"] == "collections.namedtuple":
+        yield node["context"]
+    elif node["type"] is not None:
+        yield node["type"]
+    for child in node["children_spec"]:
+        yield from _classes(child)

@@ -29,7 +29,8 @@ def make_out_of_place(graph: fx.Graph) -> list[str]:
         The names of the nodes that were replaced.
 
     Example:
-        >>> graph_module = torch.export.export(torch.nn.ReLU(inplace=True), (torch.ones(2),)).module()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(inplace=True))
+        >>> graph_module = torch.export.export(model, (torch.ones(2),)).module()
         >>> make_out_of_place(graph_module.graph)
         ['relu_']
     """

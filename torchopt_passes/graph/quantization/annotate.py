@@ -227,7 +227,7 @@ def _weight_places(chosen: list[Operation], target: Target) -> Iterable[Place]:
         own = (weight.node.name if weight.computed else weight.fqn, weight.channel_dim)
         key = (*own, str(norm.gamma), str(norm.var), norm.eps) if norm else own
         first = key not in seen
-        name = seen.setdefault(key, _free(weight.fqn.replace(".", "_"), taken))
+        name = seen.setdefault(key, _free(_identifier(weight.fqn), taken))
         taken.add(name)
         spot = (name, weight.node.name)
         if spot in places:
@@ -285,6 +285,12 @@ def _same_shapes(add: fx.Node) -> bool:
 
 def _called(op: Operation) -> str:
     return f"{op.operands.kind} {op.node.name}"
+
+
+def _identifier(fqn: str) -> str:
+    """Return a parameter's name as a submodule's: of an ``nn.Sequential``, ``0.weight`` starts with a digit."""
+    name = fqn.replace(".", "_")
+    return name if name.isidentifier() else f"_{name}"
 
 
 def _free(name: str, taken: set[str]) -> str:
