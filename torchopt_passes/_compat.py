@@ -170,6 +170,7 @@ def aoti_compile(exported: ExportedProgram, path: Path, options: dict[str, Any])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script_method", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="To copy construct from a tensor", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # as in `copy_graph`
         import torch._inductor
 
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
