@@ -233,6 +233,26 @@ def test_the_teacher_stays_outside(tmp_path: Path) -> None:
     assert all("teacher" not in file.name for file in tmp_path.rglob("*"))
 
 
+def test_the_teacher_runs_without_a_graph() -> None:
+    student, teacher, modes = tiny_bert(), tiny_bert(seed=7), []
+    teacher.register_forward_hook(lambda *_: modes.append((torch.is_grad_enabled(), teacher.training)))
+    with attach(student, optimizer_of(student), [Distillation(teacher)]):
+        student.train()(**collate(ragged_tokens(2)))
+    assert modes == [(False, False)]
+
+
+def test_a_micro_batch_without_labels_has_no_share_of_the_loss() -> None:
+    """Its mean is NaN, in the model as in a log; its share is 0."""
+    student, batch = tiny_bert().train(), collate(ragged_tokens(2)[-1:])
+    assert math.isnan(float(student(**batch).loss.detach()))
+    with attach(student, optimizer_of(student), [Distillation(tiny_bert(seed=7))]) as session:
+        loss = student(**batch, num_items_in_batch=5).loss
+        loss.backward()
+        assert float(loss.detach()) == 0.0
+        assert session.metrics() == {}
+    assert all(float(p.grad.abs().sum()) == 0.0 for p in student.parameters() if p.grad is not None)
+
+
 def test_the_losses_are_logged_and_do_not_depend_on_accumulation(tmp_path: Path) -> None:
     logs = []
     for accumulate in (1, 4):

@@ -130,6 +130,29 @@ def test_two_of_four_is_reached_gradually_and_exactly() -> None:
             assert torch.equal(weight != 0, n_m_mask(weight, 2, 4, dim=1))
 
 
+@pytest.mark.parametrize("scale", [0.01, 1000.0])
+def test_the_kept_of_a_pattern_are_never_removed_on_the_way(scale: float) -> None:
+    model = nn.Linear(32, 8)
+    with torch.no_grad():
+        model.weight.mul_(scale)
+    kept = n_m_mask(model.weight, 1, 4, dim=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with attach(model, optimizer, [GradualPruning(pattern="1:4", start=1, end=8, every=1)]):
+        for _ in range(8):
+            optimizer.step()
+            assert bool((model.weight != 0)[kept].all())
+    assert torch.equal(model.weight != 0, kept)
+
+
+def test_a_run_pruned_from_its_first_step_resumes() -> None:
+    data, options = ragged_tokens(16), {"sparsity": 0.6, "initial_sparsity": 0.3, "start": 0, "end": 5, "every": 1}
+    straight, resumed = tiny_bert(), tiny_bert()
+    train_plain(straight, data, [GradualPruning(**options)])
+    saved = train_plain(tiny_bert(), data, [GradualPruning(**options)], stop=3)
+    train_plain(resumed, data, [GradualPruning(**options)], resume=saved)
+    assert same_state(straight, resumed)
+
+
 def test_blocks_go_as_a_whole() -> None:
     model = tiny_bert()
     train_plain(
