@@ -46,6 +46,8 @@ class RangeObserver:
             quant_min=quantizer.quant_min,
             quant_max=quantizer.quant_max,
         ).to(quantizer.scale.device)
+        # torchao searches for the best 8-bit range whatever the grid is: tell it how many levels there are
+        self._observer.dst_nbins = 2**quantizer.bits
 
     def watch(self, x: torch.Tensor) -> None:
         """Take one batch into account."""
