@@ -142,3 +142,11 @@ def test_export_tells_the_sizes_it_assumed() -> None:
     auto = {0: torch.export.Dim.AUTO}
     exported = torch.export.export(Tied(), (torch.ones(3), torch.ones(3)), dynamic_shapes=(auto, auto), strict=False)
     assert _compat.size_guards(exported) == ("L['x'].size()[0] == L['y'].size()[0]",)
+
+
+def test_decomposed_ops_round_as_their_formula() -> None:
+    ops = _compat.decomposed_ops()
+    q = ops.quantize_per_tensor.default(torch.tensor([0.26, -9.0]), 0.1, 3, 0, 255, torch.uint8)
+    assert q.tolist() == [6, 0]
+    back = ops.dequantize_per_tensor.default(q, 0.1, 3, 0, 255, torch.uint8)
+    torch.testing.assert_close(back, torch.tensor([0.3, -0.3]))
