@@ -133,7 +133,7 @@ def resnet(seed: int = 0) -> nn.Module:
         hidden_sizes=[32, 64, 128, 256],
         depths=[1, 1, 1, 1],
         layer_type="basic",
-        num_labels=10,
+        id2label={i: str(i) for i in range(10)},
     )
     return ResNetForImageClassification(config)
 

@@ -156,7 +156,7 @@ def test_globs() -> None:
     assert matching_pattern("a.b.weight", ["b", "a.c", "a.b.weigh"]) is None
     model, _ = build("tied_twice")
     assert aliases(model)["head.weight"] == "embed.weight"
-    with pytest.raises(top.PlanError, match="close names.*block.weight"):
+    with pytest.raises(top.PlanError, match=r"close names.*block.weight"):
         get_tensor(model, "blok.weight")
 
 
@@ -198,7 +198,7 @@ def test_passes_that_break_the_contract_are_refused(own_passes) -> None:
     snapshot = Snapshot(graph_module)
     with pytest.raises(top.PassError, match="must return a Plan"):
         no_plan()(graph_module)
-    with pytest.raises(top.PassError, match="planning failed.*oops"):
+    with pytest.raises(top.PassError, match=r"planning failed.*oops"):
         breaks()(graph_module)
     with pytest.raises(top.PassError, match="though its plan is empty"):
         late()(graph_module)

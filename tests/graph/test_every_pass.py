@@ -122,7 +122,7 @@ def test_failure_half_way_leaves_the_module_as_it_was(run, monkeypatch: pytest.M
 
 
 def test_failed_proof_is_rolled_back_and_names_a_node(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, model, graph_module, context = run
+    case, _, graph_module, context = run
     if isinstance(case.make(), top.Pipeline):
         pytest.skip("a pipeline's passes prove themselves")
     kind = type(case.make().plan(graph_module, context).edits[-1])
@@ -139,7 +139,7 @@ def test_failed_proof_is_rolled_back_and_names_a_node(run, monkeypatch: pytest.M
     snapshot = Snapshot(graph_module)
     if not any(p.is_floating_point() for p in graph_module.parameters()):
         pytest.skip("no float parameter left to break")
-    with pytest.raises(top.ProofError, match="first node that differs|only the outputs differ"):
+    with pytest.raises(top.ProofError, match=r"first node that differs|only the outputs differ"):
         case.make()(graph_module, context)
     assert snapshot.changes() == []
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from torchopt_passes._compat import aoti_compile, aoti_load
+from torchopt_passes._compat import aoti_compile, aoti_load, register_int8_kernels
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.metadata import KEY, Metadata
 from torchopt_passes.deploy.program import Program
@@ -54,8 +54,8 @@ class InductorTarget(Target):
     | torch.compile int8, freezing | 0.75 | 1.98 | 9 s of compiling, needs g++, and may unpickle the file |
 
     so the package it is. Freezing runs at compile time and only for that call: it is what makes int8 kernels
-    (``onednn.qconv``, ``qlinear``) of the quantize / dequantize ops; they ship with torch, and nothing of torchao is
-    imported. The code follows torch's thread count when it runs. The package is compressed, and the C++ sources that
+    (``onednn.qconv``, ``qlinear``) of the quantize / dequantize ops; the kernels ship with torch. The code follows
+    torch's thread count when it runs. The package is compressed, and the C++ sources that
     torch puts into it are left out.
 
     A package holds machine code for the CPU (or GPU) it was made on. Making one needs a C++ compiler.
@@ -98,6 +98,8 @@ class InductorTarget(Target):
             "aot_inductor.metadata": {},  # a fresh one: the compiler writes into torch's own otherwise
             **self.config,
         }
+        if program.precision == "int8":
+            register_int8_kernels()
         raw = path.with_name("raw.pt2")
         aoti_compile(program.exported, raw, options)
         with zipfile.ZipFile(raw) as package:
