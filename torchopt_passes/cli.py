@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,6 +83,9 @@ def demo(
     """Run the main job on handwritten digits: train, prune, distil, quantize, export, verify, measure."""
     from torchopt_passes.demo import run_demo
 
+    steps = logging.getLogger("torchopt_passes.demo")
+    steps.setLevel(logging.INFO)
+    steps.addHandler(logging.StreamHandler())
     result = run_demo(out, seed=seed)
     _show(result.table())
     typer.echo(f"\nPlan, weights, artefacts and plot are in {result.folder}")

@@ -185,6 +185,8 @@ def _session(model: Any, *, optimize: bool = True, save_to: Path | None = None) 
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
+    # its threads would go on spinning after a run, and slow down whatever the process does next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors only: it warns of every saved optimized model
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
