@@ -12,11 +12,12 @@ from torch import nn
 
 from torchopt_passes.deploy.base import Runner, find_target, target_types
 from torchopt_passes.deploy.benchmark import Benchmark, benchmark
-from torchopt_passes.deploy.calls import call_arguments, named_inputs, run_source
+from torchopt_passes.deploy.calls import named_inputs, run_source
 from torchopt_passes.deploy.metadata import Metadata, TensorSpec, problems
 from torchopt_passes.deploy.size import compressed_size
 from torchopt_passes.deploy.verify import Verification, compare
 from torchopt_passes.errors import ConfigError, ExportError, VerificationError
+from torchopt_passes.graph.calls import as_call
 
 __all__ = ["Artifact", "open_artifact"]
 
@@ -104,7 +105,7 @@ class Artifact:
         Raises:
             VerificationError: the error is larger; gives the figures.
         """
-        call = call_arguments(inputs)
+        call = as_call(inputs)
         expected = run_source(module, call)
         missing = [spec.name for spec in self.metadata.outputs if spec.name not in expected]
         if missing:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torchopt_passes.deploy.calls import call_arguments, eval_mode
+from torchopt_passes.deploy.calls import eval_mode
 from torchopt_passes.errors import ConfigError
+from torchopt_passes.graph.calls import as_call
 
 __all__ = ["Benchmark", "Timing", "benchmark"]
 
@@ -93,7 +94,7 @@ def benchmark(
     """
     if not candidates or runs < 1 or warmup < 0:
         raise ConfigError(f"benchmark needs candidates and runs >= 1 (got {len(candidates)} candidates, {runs} runs)")
-    args, kwargs = call_arguments(inputs)
+    args, kwargs = as_call(inputs)
     cuda = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves((args, kwargs)))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
 
@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchopt_passes.errors import ConfigError
+from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.inference import leaf_names, named_outputs
 from torchopt_passes.graph.verify import Inputs, in_eval_mode
 
 __all__ = [
     "batch_size",
-    "call_arguments",
     "cause_of",
     "eval_mode",
     "example_call",
@@ -26,26 +26,6 @@ __all__ = [
     "run_source",
     "without_cache",
 ]
-
-
-def call_arguments(inputs: Any) -> Inputs:
-    """Return inputs in any accepted form as ``(args, kwargs)``.
-
-    Args:
-        inputs: one value, a tuple or list of positional arguments, a dict of keyword arguments, or ``(args, kwargs)``.
-
-    Example:
-        >>> call_arguments({"input": 1}), call_arguments((1, 2)), call_arguments(1)
-        (((), {'input': 1}), ((1, 2), {}), ((1,), {}))
-    """
-    if isinstance(inputs, Mapping):
-        return (), {str(name): value for name, value in cast("Mapping[Any, Any]", inputs).items()}
-    if isinstance(inputs, list | tuple):
-        items = tuple(cast("tuple[Any, ...]", inputs))
-        if len(items) == 2 and isinstance(items[0], tuple) and isinstance(items[1], dict):
-            return cast("Inputs", items)
-        return items, {}
-    return (inputs,), {}
 
 
 def example_call(module: nn.Module, inputs: Any) -> Inputs:
@@ -58,7 +38,7 @@ def example_call(module: nn.Module, inputs: Any) -> Inputs:
         inputs = cast("dict[str, Any]", getattr(module, "meta", {})).get("example_inputs")
     if inputs is None:
         raise ConfigError(f"{type(module).__name__}: example_inputs are needed to trace and verify it")
-    return call_arguments(inputs)
+    return as_call(inputs)
 
 
 def cause_of(error: BaseException) -> str:

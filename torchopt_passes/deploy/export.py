@@ -13,12 +13,13 @@ from torch import nn
 
 from torchopt_passes.deploy.artifact import Artifact, verified
 from torchopt_passes.deploy.base import Runner, Target, make_target
-from torchopt_passes.deploy.calls import call_arguments, cause_of, resize_batch
+from torchopt_passes.deploy.calls import cause_of, resize_batch
 from torchopt_passes.deploy.files import staged
 from torchopt_passes.deploy.metadata import Metadata, library_versions
 from torchopt_passes.deploy.program import Dynamic, Program, read_program
 from torchopt_passes.deploy.verify import Verification, compare
 from torchopt_passes.errors import ExportError, TorchOptError, VerificationError
+from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.verify import Inputs
 
@@ -87,7 +88,7 @@ def export(
         metadata = replace(metadata, facts=program.facts | _write(chosen, program, draft))
         runner = chosen.load(draft, metadata)
         if verify:
-            calls = [*_calls(program), *(call_arguments(inputs) for inputs in verify_inputs)]
+            calls = [*_calls(program), *(as_call(inputs) for inputs in verify_inputs)]
             metadata = verified(metadata, _verify(chosen, program, draft, runner, calls, tolerance))
         chosen.stamp(draft, metadata)
         chosen.read_metadata(draft)

@@ -14,15 +14,16 @@ from torchopt_passes._compat import flat_inputs
 from torchopt_passes.errors import ConfigError, PlanError
 from torchopt_passes.functional.affine import affine_qparams, along, min_max
 from torchopt_passes.graph.base import GraphPass, PassContext
+from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fake_quantizers
 from torchopt_passes.graph.quantization.observers import RangeObserver
 from torchopt_passes.graph.quantization.state import fake_quant_off
-from torchopt_passes.graph.verify import Inputs, in_eval_mode
+from torchopt_passes.graph.verify import in_eval_mode
 from torchopt_passes.progress import track
 
-__all__ = ["Calibrate", "SetObserverState", "call_of", "quantizer_places"]
+__all__ = ["Calibrate", "SetObserverState", "quantizer_places"]
 
 
 class SetObserverState(Edit):
@@ -137,7 +138,7 @@ class Calibrate(GraphPass):
             state = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
             try:
                 for batch in track(islice(batches, self.max_batches), "Calibrating"):
-                    args, kwargs = call_of(batch)
+                    args, kwargs = as_call(batch)
                     watcher.run(*flat_inputs(graph_module, args, kwargs), enable_io_processing=False)
                     count += 1
             finally:
@@ -203,20 +204,6 @@ def weight_range(
     if var is not None:
         weight = weight * along(quantizer.channel_scale(gamma, var), weight.ndim, quantizer.weight_dim)
     return min_max(weight, quantizer.channel_dim)
-
-
-def call_of(batch: Any) -> Inputs:
-    """Return a batch as positional and keyword arguments: a tensor, a tuple or list, or a dict.
-
-    Example:
-        >>> call_of({"x": 1}), call_of((1, 2)), call_of(3)
-        (((), {'x': 1}), ((1, 2), {}), ((3,), {}))
-    """
-    if hasattr(batch, "keys"):
-        return (), {name: batch[name] for name in batch.keys()}  # noqa: SIM118 (a BatchEncoding iterates otherwise)
-    if isinstance(batch, tuple | list):
-        return tuple(batch), {}
-    return (batch,), {}
 
 
 def quantizer_places(graph_module: fx.GraphModule) -> dict[str, str]:
