@@ -205,6 +205,20 @@ def test_passes_that_break_the_contract_are_refused(own_passes) -> None:
     assert snapshot.changes() == []
 
 
+def test_a_failure_while_proving_is_rolled_back_too(own_passes, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build("attention")
+    graph_module = top.capture(model, inputs)
+    snapshot = Snapshot(graph_module)
+
+    def fails(self, graph_module):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(top.PruneWeights, "proving", fails)
+    with pytest.raises(top.PassError, match="no memory"):
+        top.PruneWeights(sparsity=0.5)(graph_module)
+    assert snapshot.changes() == []
+
+
 def test_proof_can_be_switched_off_and_says_so() -> None:
     model, inputs = build("attention")
     graph_module = top.capture(model, inputs)

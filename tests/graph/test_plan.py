@@ -105,6 +105,17 @@ def test_symlinked_tensor_file_is_refused(tmp_path: Path) -> None:
         top.Plan.load(path)
 
 
+@pytest.mark.parametrize("where", ["../plan.safetensors", "{parent}/plan.safetensors"])
+def test_a_good_tensor_file_outside_the_folder_is_refused(where: str, tmp_path: Path) -> None:
+    path = a_plan().save(tmp_path / "inside")
+    path.with_suffix(".safetensors").rename(tmp_path / "plan.safetensors")
+    document = json.loads(path.read_text())
+    document["tensors"]["file"] = where.format(parent=tmp_path)
+    path.write_text(json.dumps(document))
+    with pytest.raises(top.PlanError, match="must lie beside"):
+        top.Plan.load(path)
+
+
 def test_wrong_shape_is_refused_before_anything_changes() -> None:
     good, module = a_plan().edits[0], nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 3))
     bad = top.MaskWeights(target="1.weight", reason="", mask=torch.ones(2, 2, dtype=torch.bool))
