@@ -38,9 +38,16 @@ def merge_modes(train: fx.GraphModule, evaluation: fx.GraphModule) -> None:
     _Merge(train, evaluation).run()
 
 
-def user_line(node: fx.Node) -> str:
-    """Return the line of the user's code that made a node, as ``file:line in function`` (empty when unknown)."""
+def user_line(node: fx.Node, *, own: bool = False) -> str:
+    """Return the line of code that made a node, as ``file:line in function`` (empty when unknown).
+
+    Args:
+        node: the node.
+        own: the line outside of PyTorch's own layers, where there is one.
+    """
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+    if own:
+        lines = [line for line in lines if "/torch/nn/" not in line.replace("\\", "/")] or lines
     return lines[-1].replace('File "', "").replace('", line ', ":").replace(", in ", " in ") if lines else ""
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +34,8 @@ class PassContext:
         calibration: batches for passes that look at data; each a tensor, a tuple of positional arguments or a dict
             of keyword arguments.
         skip: globs on fqns and module names that every pass leaves alone; one that matches nothing is an error.
+        criteria: your own importance of channels, by the name that a pass's ``importance=`` gives; each a function
+            ``(group, graph_module) -> tensor (group.size,)``.
         seed: of everything random in a pass.
         prove: compare before and after; switch it off for models too large to run here.
     """
@@ -41,6 +43,7 @@ class PassContext:
     example_inputs: Inputs | None = None
     calibration: Iterable[Any] | None = None
     skip: tuple[str, ...] = ()
+    criteria: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict[str, Callable[..., torch.Tensor]])
     seed: int = 0
     prove: bool = True
 
@@ -80,7 +83,7 @@ class GraphPass(Record):
 
     A subclass is a frozen keyword-only dataclass by itself, is named by a verb phrase, registers itself under the
     snake_case of its name, and writes `plan`. It may refine the proof through `claim`, `tolerance`, `proof_dtype`,
-    `reference_state`, `referring` and `proving`.
+    `reference_state`, `referring`, `expect` and `proving`.
 
     The order of one call: plan; apply the plan's edits; lint and recompile; run before and after on the same inputs
     and compare. Whatever goes wrong, the module is as it was before.
@@ -115,6 +118,20 @@ class GraphPass(Record):
         """Return the context in which the module *before* is run for the proof (fake-quant on, say)."""
         del graph_module
         return nullcontext()
+
+    def expect(
+        self,
+        graph_module: fx.GraphModule,
+        plan: Plan,
+        inputs: Inputs,
+        *,
+        dtype: torch.dtype | None,
+        record: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Run the module *before* as the plan says it must compute *after*; see `evaluate`."""
+        state = {name: value.clone() for name, value in self.reference_state(graph_module, plan).items()}
+        with self.referring(graph_module):
+            return evaluate(graph_module, inputs, dtype=dtype, state=state, record=record)
 
     def proving(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
         """Return the context in which the module *after* is run for the proof (fake-quant off, say)."""
@@ -184,10 +201,8 @@ class GraphPass(Record):
             plan.apply(graph_module)
             why = "no example inputs" if context.prove else "switched off"
             return Proof(claim=self.claim, status="unproven", detail=why)
-        state = {name: value.clone() for name, value in self.reference_state(graph_module, plan).items()}
         dtype, tolerance = self._precision(graph_module)
-        with self.referring(graph_module):
-            expected = evaluate(graph_module, inputs, dtype=dtype, state=state)
+        expected = self.expect(graph_module, plan, inputs, dtype=dtype)
         plan.apply(graph_module)
         with self.proving(graph_module):
             actual = evaluate(graph_module, inputs, dtype=dtype)
@@ -200,8 +215,7 @@ class GraphPass(Record):
             evaluate(graph_module, inputs, dtype=dtype, record=after)
         snapshot.restore()
         before: dict[str, Any] = {}
-        with self.referring(graph_module):
-            evaluate(graph_module, inputs, dtype=dtype, state=state, record=before)
+        self.expect(graph_module, plan, inputs, dtype=dtype, record=before)
         where = first_difference(before, after, graph_module.graph, tolerance)
         failed = Proof(claim=self.claim, status="failed", error=error, tolerance=tolerance, detail=where)
         raise ProofError(f"{self.name}: {failed}; rolled back")

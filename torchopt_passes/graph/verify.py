@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torchopt_passes._compat import flat_inputs
 from torchopt_passes.graph.modes import MODE_ARGS, in_one_mode
 
-__all__ = ["Inputs", "evaluate", "first_difference", "in_eval_mode", "relative_error", "sqnr"]
+__all__ = ["Inputs", "StateInterpreter", "evaluate", "first_difference", "in_eval_mode", "relative_error", "sqnr"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Example inputs of a model: positional and keyword arguments."""
@@ -99,6 +99,7 @@ def evaluate(
     dtype: torch.dtype | None = torch.float64,
     state: Mapping[str, torch.Tensor] | None = None,
     record: dict[str, Any] | None = None,
+    interpreter: type[StateInterpreter] | None = None,
 ) -> list[Any]:
     """Run a captured graph in eval mode without touching it, and return its flat outputs.
 
@@ -108,13 +109,14 @@ def evaluate(
         dtype: floating tensors (state, inputs, and casts inside the graph) are taken to this dtype; None keeps theirs.
         state: tensors by fqn that stand in for the graph's own.
         record: when given, receives the value of every node by name.
+        interpreter: how its nodes are run; by default as they are.
     """
     flat = [_cast(value, dtype) for value in flat_inputs(graph_module, *inputs)]
     with in_eval_mode(graph_module):
-        interpreter = _Interpreter(graph_module, dtype, state or {}, record)
+        run = (interpreter or StateInterpreter)(graph_module, dtype, state or {}, record).run
         saved = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
         try:
-            output = interpreter.run(*flat, enable_io_processing=False)
+            output = run(*flat, enable_io_processing=False)
         finally:
             for name, buffer in graph_module.named_buffers():
                 if name in saved and not torch.equal(buffer, saved[name]):
@@ -134,7 +136,7 @@ def first_difference(expected: Mapping[str, Any], actual: Mapping[str, Any], gra
     return "no single node can be named: only the outputs differ"
 
 
-class _Interpreter(fx.Interpreter):
+class StateInterpreter(fx.Interpreter):
     """Run a graph with other state and another floating dtype, casts inside the graph included."""
 
     def __init__(
