@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, ClassVar, Self
 
@@ -67,6 +67,19 @@ class Edit(Record):
         """Make these edits, in order, in place; a family of edits that must be made together overrides it."""
         for edit in edits:
             edit.apply(module)
+
+    @classmethod
+    def apply_to_optimizer(
+        cls, module: nn.Module, edits: Sequence[Self], optimizer: Any, before: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Make an optimizer of the module's parameters fit; called after `apply_all`.
+
+        Args:
+            module: as `apply_all` left it.
+            edits: what was applied.
+            optimizer: its state tensors are replaced, never changed in place (that could not be rolled back).
+            before: the parameters that the module had before, by first fqn.
+        """
 
     def apply(self, module: nn.Module) -> None:
         """Make this edit in place."""

@@ -50,19 +50,21 @@ class Plan:
     def __add__(self, other: Plan) -> Plan:
         return Plan(self.edits + other.edits, self.skips + other.skips, self.passes + other.passes)
 
-    def apply(self, module: ModuleT) -> ModuleT:
+    def apply(self, module: ModuleT, optimizer: Any = None) -> ModuleT:
         """Apply every edit, in place, to a captured graph or to the user's own module.
 
         Args:
             module: the captured graph, or the source module (edits that only a graph can take are refused).
+            optimizer: a live ``torch.optim`` optimizer of the module's parameters, whose state is made to fit. Without
+                it, make a new optimizer after a plan that changes shapes.
 
         Returns:
             The same module.
 
         Raises:
-            PlanError: an edit does not fit the module; the module is as it was before.
+            PlanError: an edit does not fit the module or the optimizer; both are as they were before.
         """
-        snapshot = Snapshot(module)
+        snapshot = Snapshot(module, optimizer)
         try:
             for edits in _groups(self.edits):
                 if not (edits[0].on_source or isinstance(module, fx.GraphModule)):
@@ -72,7 +74,10 @@ class Plan:
                     )
                 for edit in edits:
                     edit.validate(module)
+                parameters = dict(module.named_parameters())
                 type(edits[0]).apply_all(module, edits)
+                if optimizer is not None:
+                    type(edits[0]).apply_to_optimizer(module, edits, optimizer, parameters)
             if isinstance(module, fx.GraphModule):
                 module.graph.lint()
                 module.recompile()

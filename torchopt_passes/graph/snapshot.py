@@ -19,14 +19,23 @@ class Snapshot:
     """The state of a module at one moment: tree, attributes, tensors (values and objects), gradients, graph.
 
     Args:
-        module: any module; for an ``fx.GraphModule`` the graph is kept too.
+        module: any module; for an ``fx.GraphModule`` the graph is kept too. Configurations that its parts share (plain
+            objects with attributes) are kept one level deep.
+        optimizer: an optimizer whose state is kept too; its tensors are not copied, so they must be replaced, not
+            changed in place.
 
     Memory: one copy of every parameter and buffer, for as long as the snapshot lives.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, optimizer: Any = None) -> None:
         self._module = module
         self._attributes = {child: _attributes(child) for child in module.modules()}
+        self._classes = {child: type(child) for child in self._attributes}
+        configs = {id(c): c for attributes in self._attributes.values() for c in attributes.values() if _is_config(c)}
+        self._configs = [(config, dict(vars(config))) for config in configs.values()]
+        self._optimizer = optimizer
+        self._optimizer_state = {} if optimizer is None else {p: dict(s) for p, s in optimizer.state.items()}
+        self._optimized = [] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
         tensors = {id(t): t for child in module.modules() for t in _tensors(child)}
         self._tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors.values()]
         self._graph = copy_graph(module.graph) if isinstance(module, fx.GraphModule) else None
@@ -38,6 +47,18 @@ class Snapshot:
             for name in set(child.__dict__) - set(saved):
                 del child.__dict__[name]
             child.__dict__.update({name: _thaw(name, value) for name, value in saved.items()})
+            if type(child) is not self._classes[child]:
+                child.__class__ = self._classes[child]
+        for config, saved in self._configs:
+            now = vars(config)
+            if now.keys() != saved.keys() or any(now[name] is not value for name, value in saved.items()):
+                now.clear()
+                now.update(saved)
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
+            self._optimizer.state.update({parameter: dict(saved) for parameter, saved in self._optimizer_state.items()})
+            for group, parameters in zip(self._optimizer.param_groups, self._optimized, strict=True):
+                group["params"] = list(parameters)
         with torch.no_grad():
             for tensor, value, requires_grad, grad in self._tensors:
                 if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
@@ -78,6 +99,13 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def _thaw(name: str, value: Any) -> Any:
     """Copy what later edits would change in place, so that a snapshot can be restored twice."""
     return copy.copy(value) if name in _TABLES or name == "_non_persistent_buffers_set" else value
+
+
+def _is_config(value: Any) -> bool:
+    """Return whether a module's attribute is an object of settings, which other modules may share."""
+    if isinstance(value, nn.Module | torch.Tensor | torch.dtype | torch.device | fx.Graph) or callable(value):
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict) and not type(value).__module__.startswith("torch.")
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from torchopt_passes.graph.pruning.prune_weights import MaskWeights, PruneWeights
+from torchopt_passes.graph.pruning.remove_indices import RemoveIndices
+from torchopt_passes.graph.pruning.resize_attribute import ResizeAttribute
 
-__all__ = ["MaskWeights", "PruneWeights"]
+__all__ = ["MaskWeights", "PruneWeights", "RemoveIndices", "ResizeAttribute"]
