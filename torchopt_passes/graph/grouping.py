@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import fx, nn
 
 from torchopt_passes.graph.axes import Axes, analyse_axes

@@ -86,7 +86,12 @@ def evaluate_masked(
     state = _masked_state(axes, removed)
     values: dict[str, Any] | None = None if record is None else {}
     outputs = evaluate(
-        module, inputs, dtype=dtype, state=state, record=values, interpreter=partial(_Masked, axes, removed)  # pyright: ignore
+        module,
+        inputs,
+        dtype=dtype,
+        state=state,
+        record=values,
+        interpreter=partial(_Masked, axes, removed),  # pyright: ignore
     )
     if record is not None and values is not None:
         nodes = {node.name: node for node in module.graph.nodes}

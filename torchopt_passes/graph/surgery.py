@@ -262,8 +262,12 @@ def _asserts(f: _Fitting) -> None:
 
 
 _FIT: dict[str, Callable[[_Fitting], None]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "zeros", "ones", "empty"), _output_sizes("size", "shape")),
-    **dict.fromkeys(("full", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"), _output_sizes("size", "shape")),
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "expand", "zeros", "ones", "empty"), _output_sizes("size", "shape")
+    ),
+    **dict.fromkeys(
+        ("full", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"), _output_sizes("size", "shape")
+    ),
     "broadcast_to": _output_sizes("size", "shape"),
     **dict.fromkeys(("layer_norm", "rms_norm"), _output_sizes("normalized_shape")),
     "unflatten": _unflatten,

@@ -121,7 +121,9 @@ def _attention(call: Call) -> AxisLabels:
     else:
         shape = call.out_shape[:-2]
         call.align([q[:-2], k[:-2], v[:-2]], shape)
-    heads = tuple(np.zeros(n, np.int64) if len(ids) != n else ids for ids, n in zip(q[:-2], call.out_shape, strict=False))
+    heads = tuple(
+        np.zeros(n, np.int64) if len(ids) != n else ids for ids, n in zip(q[:-2], call.out_shape, strict=False)
+    )
     for width in (q[-1], v[-1]):
         call.count([*heads, q[-2], k[-2], width])
     return (*heads, q[-2], v[-1])

@@ -110,7 +110,7 @@ def _group_norm(call: Call) -> AxisLabels:
 
 
 def _weight_norm(call: Call) -> AxisLabels:
-    """w = g v / |v|, the norm over all axes but one."""
+    """W = g v / |v|, the norm over all axes but one."""
     v, g = (call.of(node) for node in call.tensors)
     dim = int(call.number("dim")) % len(v)
     call.unify(v[dim], g[dim])

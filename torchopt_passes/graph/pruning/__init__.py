@@ -1,9 +1,10 @@
-"""Passes that remove weights: masks now, channels and heads next."""
+"""Passes that remove weights: masks on single weights, channels, heads and blocks for good."""
 
 from __future__ import annotations
 
+from torchopt_passes.graph.pruning.prune_channels import PruneChannels
 from torchopt_passes.graph.pruning.prune_weights import MaskWeights, PruneWeights
 from torchopt_passes.graph.pruning.remove_indices import RemoveIndices
 from torchopt_passes.graph.pruning.resize_attribute import ResizeAttribute
 
-__all__ = ["MaskWeights", "PruneWeights", "RemoveIndices", "ResizeAttribute"]
+__all__ = ["MaskWeights", "PruneChannels", "PruneWeights", "RemoveIndices", "ResizeAttribute"]

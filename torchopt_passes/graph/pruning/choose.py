@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional.masks import removed_count
@@ -35,6 +34,7 @@ class Candidate:
         ratio: share of its units that leaves; None to follow the ratio or the budget of all.
         min_units: units that stay at least.
         round_to: the number of units that stay is a multiple of it.
+        gone: units that have left in earlier rounds; ratios are of what there was before.
         shape: groups of the same shape are ranked together under ``scope="isomorphic"``.
     """
 
@@ -44,6 +44,7 @@ class Candidate:
     min_units: int
     round_to: int
     shape: tuple[object, ...]
+    gone: int = 0
 
     @property
     def size(self) -> int:
@@ -115,15 +116,21 @@ def choose_by_ratio(
         ratio: share of units that leaves, 0 <= ratio < 1; of each group, of all, or of all groups of one shape.
         scope: which units are ranked together.
     """
-    chosen = {c.name: c.lowest(removed_count(c.ratio, c.size)) for c in candidates if c.ratio is not None}
+    chosen = {c.name: c.lowest(_due([c], c.ratio)) for c in candidates if c.ratio is not None}
     free = [c for c in candidates if c.ratio is None]
     pools: dict[object, list[Candidate]] = {}
     for candidate in free:
         key = {"group": candidate.name, "global": "", "isomorphic": candidate.shape}[scope]
         pools.setdefault(key, []).append(candidate)
     for pool in pools.values():
-        chosen |= _lowest_of(pool, removed_count(ratio, sum(c.size for c in pool)))
+        chosen |= _lowest_of(pool, _due(pool, ratio))
     return chosen
+
+
+def _due(pool: Sequence[Candidate], ratio: float) -> int:
+    """Return how many units of several groups have still to leave for a ratio."""
+    gone = sum(c.gone for c in pool)
+    return max(removed_count(ratio, sum(c.size for c in pool) + gone) - gone, 0)
 
 
 def _lowest_of(pool: Sequence[Candidate], count: int) -> Chosen:
@@ -179,7 +186,8 @@ def choose_by_budget(
             chosen = back
         else:
             del open_[best.name]
-        if best.name in open_ and not chosen[best.name].any():
+            continue
+        if not chosen[best.name].any():
             del open_[best.name]
     return chosen
 
@@ -194,5 +202,3 @@ def as_scores(scores: torch.Tensor, size: int, name: str) -> npt.NDArray[np.floa
     if values.shape != (size,) or not np.isfinite(values).all():
         raise ConfigError(f"the importance of {name} must be {size} finite numbers, not shape {values.shape}")
     return values
-
-
