@@ -1,4 +1,4 @@
-"""What a captured graph keeps of model libraries in its files: the configuration, and the names of output classes."""
+"""What is kept of model libraries in files: configurations, classes of models, and the names of output classes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from torchopt_passes._compat import know_namedtuple
-from torchopt_passes.errors import CaptureError
+import torch
+from torch import nn
 
-__all__ = ["config_from_data", "config_to_data", "know_output_classes"]
+from torchopt_passes._compat import know_namedtuple
+from torchopt_passes.errors import CaptureError, MissingExtraError
+
+__all__ = [
+    "config_from_data",
+    "config_to_data",
+    "know_output_classes",
+    "load_generation_config",
+    "load_model",
+]
 
 
 def config_to_data(config: Any) -> dict[str, Any] | None:
@@ -59,3 +69,64 @@ def _classes(node: dict[str, Any]) -> Iterator[str]:
         yield node["type"]
     for child in node["children_spec"]:
         yield from _classes(child)
+
+
+def load_model(
+    name: str,
+    config: Any,
+    state: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    resize: Callable[[nn.Module], None],
+) -> nn.Module:
+    """Return a model of one of Transformers' own classes with the tensors of its ``save_pretrained``.
+
+    Transformers renames, splits and ties tensors between files and models; so it loads them, into a model that was
+    resized before.
+
+    Args:
+        name: of the class, such as ``"BertForSequenceClassification"``.
+        config: its configuration.
+        state: the tensors of the files.
+        dtype: of its floating parameters.
+        resize: makes a fresh model's tensors the shape of those in the files; they have no values yet.
+
+    Raises:
+        CaptureError: Transformers is not installed, or has no such model, or the tensors are not all of its own.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError("transformers", "hf")
+    import transformers
+    from transformers.utils import logging
+
+    kind: Any = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise CaptureError(f"transformers {transformers.__version__} has no model class {name!r}")
+
+    def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, config, *args, **kwargs)
+        resize(self)
+
+    # the name counts: Transformers looks up by it how tensors are renamed
+    resized: Any = type(name, (kind,), {"__init__": initialise, "__module__": kind.__module__})
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, told = resized.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    wrong = sorted(f"{what.replace('_', ' ')} {next(iter(found))!r}" for what, found in told.items() if found)
+    if wrong:
+        raise CaptureError(f"the files do not hold the tensors of the {name}: {', '.join(wrong)}")
+    model.__class__ = kind
+    return model
+
+
+def load_generation_config(model: Any, folder: Path) -> None:
+    """Give a model the generation settings that lie in a folder, if any do."""
+    if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

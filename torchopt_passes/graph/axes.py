@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from torchopt_passes._compat import fake_tensor_mode, flat_inputs, is_operator
@@ -20,7 +22,10 @@ from torchopt_passes.graph.labels import Ids, Labels
 from torchopt_passes.graph.modes import select
 from torchopt_passes.graph.tensors import aliases, named_tensors
 
-__all__ = ["Axes", "AxisLabels", "Call", "MacTerm", "Rule", "analyse_axes", "base_name", "live_nodes"]
+__all__ = ["Axes", "AxisLabels", "Call", "MacTerm", "Mask", "Rule", "analyse_axes", "base_name", "live_nodes"]
+
+Mask = npt.NDArray[np.bool_]
+"""Of labels or of the indices of an axis: bool for each."""
 
 AxisLabels = tuple[Ids, ...]
 """The labels of a tensor: one array for each axis, as long as the axis."""
@@ -67,11 +72,11 @@ class Axes:
         self.groups: dict[fx.Node, Ids] = {}
         self.macs: list[MacTerm] = []
 
-    def kept(self, ids: Ids, removed: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def kept(self, ids: Ids, removed: Mask) -> Mask:
         """Return which indices of an axis stay, bool, when the atoms of `removed` (bool by label) leave."""
         if not ids.any():
             return np.ones(len(ids), bool)
-        return ~removed[self.labels.factors(ids)].any(1)
+        return ~np.any(removed[self.labels.factors(ids)], axis=1)
 
 
 def analyse_axes(graph_module: fx.GraphModule) -> Axes:
@@ -154,7 +159,7 @@ class Call:
 
     def concrete(self, value: Any) -> Any:
         """Return a value of the graph with nodes replaced by what they are on the example inputs."""
-        return fx.node.map_arg(value, lambda node: self.axes.sizes[node])
+        return map_arg(value, lambda node: self.axes.sizes[node])
 
     def labels(self, name: str) -> AxisLabels | None:
         """Return the labels of a tensor argument, or None when it is not given."""
@@ -229,7 +234,8 @@ def _apply(call: Call, rule: Rule | None) -> Any:
         return _select(call)
     if node.op == "call_function" and not is_operator(node.target):
         source: Any = axes.values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None  # pyright: ignore
-        return source[node.args[1]] if isinstance(source, list) else None
+        place: Any = node.args[1] if isinstance(source, list) else None
+        return source[place] if isinstance(source, list) else None
     if next(_tensors_in(axes.sizes[node]), None) is None and not call.tensors:
         return None
     if rule is None:

@@ -74,9 +74,10 @@ def group_axes(axes: Axes) -> Grouping:
         signature[roots] = signature[roots] * np.uint64(1000003) + np.uint64(number + 1)
     free = np.unique(np.concatenate([axis.factors.ravel() for axis in listed] or [np.zeros(1, np.int64)]))
     stuck = np.unique(np.concatenate([axis.locked for axis in listed] or [np.zeros(1, np.int64)]))
-    found: list[tuple[Ids, str | None]] = []
-    for roots in _classes(free[free > 0], signature, table.blocks(free[free > 0])):
-        found.append((roots, None if len(roots) > 1 else "the only unit: nothing of the axis would stay"))
+    found: list[tuple[Ids, str | None]] = [
+        (roots, None if len(roots) > 1 else "the only unit: nothing of the axis would stay")
+        for roots in _classes(free[free > 0], signature, table.blocks(free[free > 0]))
+    ]
     reasons = np.array([table.reason(int(root)) or "" for root in stuck], dtype=object)
     for reason in dict.fromkeys(reasons[reasons != ""]):
         of_reason = stuck[(reasons == reason) & (stuck > 0)]

@@ -7,21 +7,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from torchopt_passes.errors import ConfigError, ProofError
-from torchopt_passes.graph.axes import Axes, analyse_axes, base_name
+from torchopt_passes.graph.axes import Axes, Mask, analyse_axes, base_name
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.surgery import Removal, removed_atoms
 from torchopt_passes.graph.tensors import aliases, get_tensor
 from torchopt_passes.graph.verify import Inputs, StateInterpreter, evaluate, first_difference, relative_error
 
 __all__ = ["evaluate_masked", "verify_removal"]
-
-Mask = npt.NDArray[np.bool_]
 
 
 def verify_removal(

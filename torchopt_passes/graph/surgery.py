@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import fx, nn
 
 from torchopt_passes.errors import PlanError
-from torchopt_passes.graph.axes import Axes, AxisLabels, analyse_axes, base_name, live_nodes
+from torchopt_passes.graph.axes import Axes, AxisLabels, Mask, analyse_axes, base_name, live_nodes
 from torchopt_passes.graph.labels import Ids
 from torchopt_passes.graph.tensors import aliases, find_owner, get_tensor
 from torchopt_passes.graph.values import fill_values
@@ -21,7 +20,6 @@ from torchopt_passes.graph.values import fill_values
 __all__ = ["Removal", "remove_indices", "removed_atoms"]
 
 aten = torch.ops.aten
-Mask = npt.NDArray[np.bool_]
 Removal = Mapping[tuple[str, int], Sequence[int]]
 """What leaves: (fqn of a parameter or buffer, dimension) -> indices."""
 

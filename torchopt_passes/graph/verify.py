@@ -149,18 +149,18 @@ class StateInterpreter(fx.Interpreter):
         super().__init__(module, graph=in_one_mode(module.graph, training=False))
         self._dtype, self._state, self._record = dtype, state, record
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> Any:  # noqa: D102
         value = super().run_node(n)
         if self._record is not None:
             # in-place ops (batch-norm counters) would change a recorded value later
             self._record[n.name] = pytree.tree_map_only(torch.Tensor, torch.clone, value)
         return value
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: D102
         value = self._state.get(target)
         return _cast(super().get_attr(target, args, kwargs) if value is None else value, self._dtype)
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: D102
         if self._dtype is None:
             return super().call_function(target, args, kwargs)
         if target is torch.ops.aten._assert_tensor_metadata.default:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from torchopt_passes.graph.axes import AxisLabels, Call, Rule
@@ -41,9 +42,7 @@ def _moved(call: Call) -> Any:
 def _run(call: Call, source: fx.Node, table: torch.Tensor) -> list[Ids]:
     """Return what the operation makes of a tensor of labels."""
     put = {source: table}
-    args, kwargs = fx.node.map_arg(
-        (call.node.args, dict(call.node.kwargs)), lambda node: put.get(node, call.axes.sizes[node])
-    )
+    args, kwargs = map_arg((call.node.args, dict(call.node.kwargs)), lambda node: put.get(node, call.axes.sizes[node]))
     target: Any = call.node.target
     return [out.numpy() for out in pytree.tree_leaves(target(*args, **kwargs))]
 

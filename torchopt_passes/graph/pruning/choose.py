@@ -13,13 +13,12 @@ import torch
 
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional.masks import removed_count
-from torchopt_passes.graph.axes import Axes
+from torchopt_passes.graph.axes import Axes, Mask
 from torchopt_passes.graph.grouping import Grouping
 from torchopt_passes.graph.labels import Ids
 
 __all__ = ["Candidate", "CostModel", "choose_by_budget", "choose_by_ratio"]
 
-Mask = npt.NDArray[np.bool_]
 Chosen = dict[str, Mask]
 """Group name -> which of its units leave."""
 
