@@ -164,14 +164,11 @@ def fit_attention(attention: nn.MultiheadAttention, cuts: Mapping[str, Removal])
     if len(set(q.values())) != 1 or len(set(v.values())) != 1:
         raise PlanError("every head must lose the same features")
     heads, head_dim, value_dim = len(q), len(next(iter(q.values()))), len(next(iter(v.values())))
-    packed: torch.Tensor | None = attention.in_proj_weight
-    weights: Any = (
-        (packed,) * 3
-        if packed is not None
-        else (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-    )
-    width = weights[0].shape[1]
-    sizes: dict[str, Any] = {"embed_dim": width, "kdim": weights[1].shape[1], "vdim": weights[2].shape[1]}
+    packed: Any = getattr(attention, "in_proj_weight", None)
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    weights: list[Any] = [getattr(attention, name) if packed is None else packed for name in names]
+    width, key_width, value_width = (int(weight.shape[1]) for weight in weights)
+    sizes: dict[str, Any] = {"embed_dim": width, "kdim": key_width, "vdim": value_width}
     sizes |= {"num_heads": heads, "head_dim": head_dim}
     usual = head_dim == value_dim == scaled_dim and heads * head_dim == width == attention.out_proj.weight.shape[0]
     if isinstance(attention, NarrowMultiheadAttention) or not usual:
