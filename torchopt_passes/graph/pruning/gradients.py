@@ -88,8 +88,8 @@ def _gradients(
     for batch in track(context.calibration, "Scoring channels"):
         count += 1
         found = _backward(graph_module, wanted, *as_call(batch))
-        if found is None and (count > 1 or not own):
-            raise ConfigError(f"the model returned no loss on batch {count} of context.calibration: {_WAYS_OUT}")
+        if found is None and not own:
+            raise ConfigError(f"the model returned no loss on context.calibration: {_WAYS_OUT}")
         yield _dense(own if found is None else found)
         if found is None:
             return

@@ -53,7 +53,7 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         elif not by_batch:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = self._project(query, key, value)
-        causal = is_causal and key_padding_mask is None and not need_weights and q.shape[2] == k.shape[2]
+        causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._mask(attn_mask, key_padding_mask, query)
         if mask is not None and mask.shape[-1] < k.shape[2]:  # bias_k and zero attention are seen by all
             mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))

@@ -22,6 +22,7 @@ from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.pruning.choose import Candidate, Chosen, CostModel, choose_by_budget, choose_by_ratio
 from torchopt_passes.graph.pruning.remove_indices import RemoveIndices
 from torchopt_passes.graph.pruning.scores import CRITERIA, Scores, parse_importance, score_groups
+from torchopt_passes.graph.pruning.source_sizes import source_edits
 from torchopt_passes.graph.removal_proof import evaluate_masked
 from torchopt_passes.graph.surgery import remove_indices, removed_atoms
 from torchopt_passes.graph.tensors import get_tensor, matching_pattern
@@ -131,7 +132,10 @@ class PruneChannels(GraphPass):
         else:
             found, why = self._rounds(graph_module, context, skips)
         edits = _edits(grouping, found, why)
-        return Plan(edits, tuple(skips if edits else [*skips, Skip(target="model", reason="nothing to remove")]))
+        if not edits:
+            return Plan((), (*skips, Skip(target="model", reason="nothing to remove")))
+        more, untried = source_edits(graph_module, grouping, edits, context)
+        return Plan((*edits, *more), (*skips, *untried))
 
     def expect(
         self,

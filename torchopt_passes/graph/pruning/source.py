@@ -34,10 +34,8 @@ def remove_from_source(module: nn.Module, removals: Mapping[str, Removal]) -> No
     before = [fqn for fqn, tensor in tensors.items() if tuple(tensor.shape) == removals[fqn].shape]
     after = [fqn for fqn, tensor in tensors.items() if tuple(tensor.shape) == removals[fqn].new_shape]
     if len(before) != len(removals) and len(after) != len(removals):
-        odd = next(fqn for fqn in removals if fqn not in (before if len(before) > len(after) else after))
-        raise PlanError(
-            f"{odd} has shape {tuple(tensors[odd].shape)}, the other tensors of the plan fit: another model?"
-        )
+        odd = next(fqn for fqn in removals if fqn not in before)
+        raise PlanError(f"{odd} has shape {tuple(tensors[odd].shape)}, the plan was made for {removals[odd].shape}")
     if before:
         for fqn, tensor in tensors.items():
             slice_in_place(tensor, removals[fqn])
