@@ -262,6 +262,33 @@ def test_the_model_is_as_it_was(name: str, training: bool) -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("name", ["taylor", "wanda"])
+def test_buffers_that_the_model_writes_are_as_they_were(name: str) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            self.calls.add_(1)
+            return {"loss": (self.fc(x) * self.calls).sum()}
+
+    graph_module = top.capture(Counting(), (torch.ones(2, 3),))
+    before = graph_module.get_buffer("calls").clone()
+    units = group("fc", 3, ("fc.weight", 1, range(3)))
+    score_groups(graph_module, [units], name, top.PassContext(calibration=[torch.ones(2, 3), torch.ones(2, 3)]))
+    assert torch.equal(graph_module.get_buffer("calls"), before)
+
+
+def test_norms_in_blocks_are_norms_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, graph_module = conv_net()
+    at_once = score_groups(graph_module, GROUPS, "l2").values
+    monkeypatch.setattr("torchopt_passes.graph.pruning.weight_scores._BLOCK", 30)  # an index or two at a time
+    in_blocks = score_groups(graph_module, GROUPS, "l2").values
+    assert all(torch.allclose(in_blocks[g.name], at_once[g.name], rtol=1e-12, atol=0) for g in GROUPS)
+
+
 def test_an_error_in_a_batch_leaves_the_mode() -> None:
     _, graph_module = mlp()
     graph_module.train()
