@@ -62,6 +62,25 @@ CASES: dict[str, PassCase] = {
         make=_prune,
         bad=({"sparsity": 1.0}, {"sparsity": "0.5"}, {"sparsity": 0.5, "threshold": 0.1}, {"sparsty": 0.5}, {}),
     ),
+    # a number of parameters, so that a second run finds nothing to do; smaller tensors are new objects, as in folding
+    "prune_channels": PassCase(
+        make=lambda: top.PruneChannels(params=400),
+        models=("conv_residual", "attention"),
+        keeps_objects=False,
+        bad=(
+            {},
+            {"ratio": 0.5, "macs": 0.5},
+            {"ratio": 1.0},
+            {"macs": 0},
+            {"params": 1.5},
+            {"ratio": 0.5, "importance": "lp:0"},
+            {"ratio": 0.5, "scope": "world"},
+            {"ratio": 0.5, "round_to": 0},
+            {"ratio": 0.5, "overrides": {"fc": 2.0}},
+            {"ratio": 0.5, "kinds": ("rows",)},
+            {"keep": {"a": (1,)}, "steps": 2},
+        ),
+    ),
     # folding makes new tensors: the captured graph shares the old ones with the source, which stays as it is
     "fuse_batch_norm": PassCase(make=FuseBatchNorm, models=("conv_residual",), keeps_objects=False),
     "insert_fake_quant": PassCase(

@@ -15,9 +15,9 @@ Kind = Literal["channels", "heads", "head_dim", "blocks", "block_slices"]
 """What the units of a group are.
 
 ``"channels"``: channels of a convolution, features of a linear. ``"heads"``: attention heads (under GQA whole KV
-groups: a KV head with its query heads). ``"head_dim"``: the same feature of every head. ``"blocks"``: equal blocks of an axis
-that the model computes with separately (groups of a grouped convolution or a group norm). ``"block_slices"``: the same
-place in every block.
+groups: a KV head with its query heads). ``"head_dim"``: the same feature of every head. ``"blocks"``: equal blocks of
+an axis that the model computes with separately (groups of a grouped convolution or a group norm). ``"block_slices"``:
+the same place in every block.
 """
 
 

@@ -99,7 +99,7 @@ def _outer(call: Call) -> AxisLabels:
 
 
 def _attention(call: Call) -> AxisLabels:
-    """softmax(q k / sqrt(E)) v: the axes before the last two are batch and heads; under GQA k and v have fewer heads."""
+    """softmax(q k / sqrt(E)) v: batch and heads come before the last two axes; under GQA k and v have fewer heads."""
     q, k, v, mask = (call.labels(name) for name in ("query", "key", "value", "attn_mask"))
     if q is None or k is None or v is None:
         raise ValueError("attention needs query, key and value")

@@ -182,6 +182,8 @@ class PruneChannels(GraphPass):
     ) -> tuple[Chosen, str]:
         """Choose units of a graph; `share` of the way is to be done, `gone` units have left already."""
         groups = self._open_groups(grouping, context, skips)
+        if not groups:
+            return {}, "nothing may leave"
         scores = self._scores(graph_module, groups, context)
         for name, reason in scores.fallbacks.items():
             skips.append(Skip(target=name, reason=f"{self.importance} finds nothing: {reason}; ranked by l2"))
