@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchopt_passes.errors import PlanError
-from torchopt_passes.graph.pruning.narrow_attention import fit_attention
+from torchopt_passes.graph.pruning.narrow_attention import fit_attention, without_nested_tensors
 from torchopt_passes.graph.pruning.slicing import Removal, blocks_of
 
 __all__ = ["SizeChange", "fit_sizes"]
@@ -68,6 +68,7 @@ def fit_sizes(module: nn.Module, removals: Mapping[int, Removal]) -> list[SizeCh
                 changes.append((path, name, value))
         if isinstance(layer, nn.RNNBase):
             layer.flatten_parameters()
+    without_nested_tensors(module)
     return changes
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchopt_passes.errors import PlanError
 from torchopt_passes.graph.pruning.slicing import Removal, blocks_of
 
-__all__ = ["NarrowMultiheadAttention", "fit_attention", "narrow"]
+__all__ = ["NarrowMultiheadAttention", "fit_attention", "narrow", "without_nested_tensors"]
 
 
 class NarrowMultiheadAttention(nn.MultiheadAttention):
@@ -139,6 +139,14 @@ def narrow(attention: nn.MultiheadAttention) -> NarrowMultiheadAttention:
     # tells the fused kernels of nn.TransformerEncoderLayer, which split embed_dim into heads, to stay out
     result._qkv_same_embed_dim = False
     return result
+
+
+def without_nested_tensors(module: nn.Module) -> None:
+    """Keep every ``nn.TransformerEncoder`` with narrow attention from nested tensors, which only fused kernels take."""
+    for encoder in module.modules():
+        nests = isinstance(encoder, nn.TransformerEncoder) and getattr(encoder, "use_nested_tensor", False)
+        if nests and any(isinstance(part, NarrowMultiheadAttention) for part in encoder.modules()):
+            encoder.use_nested_tensor = False
 
 
 def fit_attention(attention: nn.MultiheadAttention, cuts: Mapping[str, Removal]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from torchopt_passes.errors import PlanError
 from torchopt_passes.graph._transformers import config_from_data, load_generation_config, load_model
-from torchopt_passes.graph.pruning.narrow_attention import narrow
+from torchopt_passes.graph.pruning.narrow_attention import narrow, without_nested_tensors
 from torchopt_passes.graph.pruning.pruned_record import KEY, PrunedRecord
 from torchopt_passes.graph.pruning.resize_attribute import read_size, write_size
 from torchopt_passes.graph.tensors import find_owner, get_tensor
@@ -132,6 +132,7 @@ def _set_attributes(model: nn.Module, record: PrunedRecord) -> None:
             raise PlanError(f"the record tells of {target!r}, which {type(model).__name__} has not")
         if name == "value_dim" and isinstance(owner, nn.MultiheadAttention):
             narrow(owner)
+    without_nested_tensors(model)
     for target, value in record.attributes.items():
         now = read_size(model, target)
         lengths = [len(size) if isinstance(size, tuple) else 0 for size in (now, value)]
