@@ -59,6 +59,7 @@ class Axes:
         sizes: node -> what it computes on the example inputs: tensors without data, and numbers.
         statistics: node -> the axes of its (first) input that it computes one number from, of what stays.
         groups: node -> the labels of its blocks (groups of a convolution or a group norm).
+        lookups: node -> the labels of the axis that it takes constant indices of.
         macs: the matrix products.
     """
 
@@ -70,6 +71,7 @@ class Axes:
         self.sizes: dict[fx.Node, Any] = _sizes(graph_module)
         self.statistics: dict[fx.Node, tuple[int, ...]] = {}
         self.groups: dict[fx.Node, Ids] = {}
+        self.lookups: dict[fx.Node, Ids] = {}
         self.macs: list[MacTerm] = []
 
     def kept(self, ids: Ids, removed: Mask) -> Mask:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torchopt_passes.errors import PlanError
 from torchopt_passes.graph.axes import Axes, AxisLabels, Mask, analyse_axes, base_name, live_nodes
 from torchopt_passes.graph.labels import Ids
+from torchopt_passes.graph.state import free_name
 from torchopt_passes.graph.tensors import aliases, find_owner, get_tensor
 from torchopt_passes.graph.values import fill_values
 
@@ -247,6 +248,28 @@ def _groups(name: str) -> Callable[[_Fitting], None]:
     return fit
 
 
+def _lookup(f: _Fitting) -> None:
+    """Indices that stand in a buffer are renumbered, in a buffer of this operation's own."""
+    ids = f.axes.lookups.get(f.node)
+    if ids is None or f.kept(ids).all():
+        return
+    module, kept = f.axes.graph_module, f.kept(ids)
+    index = next(n for n in f.node.all_input_nodes if n.op == "get_attr" and not _floats(f.axes, n))
+    order = get_tensor(module, str(index.target))
+    stays = torch.from_numpy(kept).to(order.device)
+    name = free_name(module, str(index.target))
+    owner, attribute = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    renumbered = stays.cumsum(0) - 1
+    owner.register_buffer(attribute, renumbered[order[stays[order]]].to(order.dtype), persistent=False)
+    with f.node.graph.inserting_before(f.node):
+        own = f.node.graph.get_attr(name)
+    f.node.replace_input_with(index, own)
+
+
+def _floats(axes: Axes, node: fx.Node) -> bool:
+    return axes.sizes[node].is_floating_point()
+
+
 def _attention(f: _Fitting) -> None:
     """The default scale is that of the features before: 1 / sqrt(E)."""
     width = f.input()[-1]
@@ -279,5 +302,6 @@ _FIT: dict[str, Callable[[_Fitting], None]] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups("groups")),
     "group_norm": _groups("num_groups"),
     "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("index", "index_select"), _lookup),
     "_assert_tensor_metadata": _asserts,
 }

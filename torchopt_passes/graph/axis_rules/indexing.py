@@ -8,6 +8,8 @@ import numpy as np
 from torch import fx
 
 from torchopt_passes.graph.axes import AxisLabels, Call, Rule
+from torchopt_passes.graph.labels import Ids
+from torchopt_passes.graph.tensors import get_tensor
 
 __all__ = ["INDEXING"]
 
@@ -38,6 +40,8 @@ def _index(call: Call) -> AxisLabels:
     indices = [index for index in call.arg("indices") if index is not None]
     if any(not _is_integer(call, index) for index in indices):
         raise ValueError("a mask chooses by data")
+    if len(places) == 1 and (order := _chosen(call, indices[0], labels[places[0]])) is not None:
+        return tuple(ids[order] if axis == places[0] else ids for axis, ids in enumerate(labels))
     for place in places:
         call.lock(labels[place], "looks up indices of the axis")
     rank = max(len(call.shape(index)) for index in indices)
@@ -53,9 +57,22 @@ def _is_integer(call: Call, index: fx.Node) -> bool:
     return not dtype.is_floating_point and str(dtype) != "torch.bool"
 
 
+def _chosen(call: Call, index: fx.Node, ids: Ids) -> Ids | None:
+    """Return the indices of a lookup that is the same in every run and takes no index twice (a permutation, say)."""
+    if index.op != "get_attr" or not ids.any():
+        return None
+    order = get_tensor(call.axes.graph_module, str(index.target))
+    if order.is_meta or order.ndim != 1 or len(order.unique()) != len(order):
+        return None
+    call.axes.lookups[call.node] = ids
+    return order.cpu().numpy().astype(np.int64)
+
+
 def _index_select(call: Call) -> AxisLabels:
     labels = call.of(call.arg("self"))
     dim = int(call.number("dim")) % len(labels)
+    if (order := _chosen(call, call.arg("index"), labels[dim])) is not None:
+        return tuple(ids[order] if axis == dim else ids for axis, ids in enumerate(labels))
     call.lock(labels[dim], "looks up indices of the axis")
     return tuple(np.zeros(call.out_shape[dim], np.int64) if a == dim else ids for a, ids in enumerate(labels))
 
