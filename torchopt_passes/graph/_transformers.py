@@ -19,8 +19,8 @@ from torchopt_passes.errors import CaptureError, MissingExtraError
 __all__ = [
     "config_from_data",
     "config_to_data",
+    "finish_loading",
     "know_output_classes",
-    "load_generation_config",
     "load_model",
 ]
 
@@ -101,6 +101,8 @@ def load_model(
     kind: Any = getattr(transformers, name, None) if name.isidentifier() else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CaptureError(f"transformers {transformers.__version__} has no model class {name!r}")
+    if not isinstance(config, kind.config_class or ()):
+        raise CaptureError(f"a {type(config).__name__} is no configuration of a {name}")
 
     def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)
@@ -124,8 +126,9 @@ def load_model(
     return model
 
 
-def load_generation_config(model: Any, folder: Path) -> None:
-    """Give a model the generation settings that lie in a folder, if any do."""
+def finish_loading(model: Any, folder: Path) -> None:
+    """Give a model the folder's name, and the generation settings that lie in it, if any do."""
+    model.config.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from torchopt_passes._compat import fake_tensor_mode, flat_inputs, is_operator
+from torchopt_passes._compat import fake_tensor_mode, flat_inputs, is_operator, output_spec_of
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.align import user_line
+from torchopt_passes.graph.inference import named_outputs
 from torchopt_passes.graph.inplace import written_argument
 from torchopt_passes.graph.labels import Ids, Labels
 from torchopt_passes.graph.modes import select
@@ -81,17 +83,18 @@ class Axes:
         return ~np.any(removed[self.labels.factors(ids)], axis=1)
 
 
-def analyse_axes(graph_module: fx.GraphModule) -> Axes:
+def analyse_axes(graph_module: fx.GraphModule, free_outputs: Sequence[str] = ("*",)) -> Axes:
     """Follow the labels of every axis through a captured graph.
 
     Args:
         graph_module: a captured graph with example inputs; nothing is computed, and it is left as it is.
+        free_outputs: globs on the names of outputs that may get narrower; the others are locked.
 
     Returns:
         The labels of everything; what no rule describes is locked, with node, operation and the user's line.
 
     Raises:
-        ConfigError: the graph has no example inputs, or holds fake-quantizers.
+        ConfigError: the graph has no example inputs, holds fake-quantizers, or a glob matches no output.
     """
     from torchopt_passes.graph.axis_rules import rule_of
 
@@ -111,9 +114,9 @@ def analyse_axes(graph_module: fx.GraphModule) -> Axes:
         elif node.op == "call_module":
             raise ConfigError(f"{node.target} is a fake-quantizer: remove channels before InsertFakeQuant")
         elif node.op == "output":
-            for value in _tensor_labels(pytree.tree_leaves(node.args), axes):
-                for ids in value:
-                    axes.labels.lock(ids, "an output of the model")
+            for name, labels in _outputs(axes, node, free_outputs):
+                for ids in labels:
+                    axes.labels.lock(ids, f"an output of the model ({name})")
         else:
             axes.values[node] = _apply(Call(axes, node), rule_of(node))
     return axes
@@ -288,12 +291,20 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield leaf
 
 
-def _tensor_labels(leaves: list[Any], axes: Axes) -> Iterator[AxisLabels]:
-    for leaf in leaves:
-        value = axes.values.get(leaf) if isinstance(leaf, fx.Node) else None
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None:
-                yield one
+def _outputs(axes: Axes, output: fx.Node, free: Sequence[str]) -> list[tuple[str, AxisLabels]]:
+    """Return name and labels of the outputs that keep their sizes."""
+    leaves = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: isinstance(leaf, fx.Node))
+    spec = output_spec_of(axes.graph_module.graph)
+    tree = pytree.tree_unflatten(leaves, spec) if spec is not None else output.args[0]
+    named = [(name, axes.values.get(leaf)) for name, leaf in named_outputs(tree) if isinstance(leaf, fx.Node)]
+    for pattern in free:
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name, _ in named):
+            raise ConfigError(f"free_outputs {pattern!r} matches no output: they are {[name for name, _ in named]}")
+    return [
+        (name, labels)
+        for name, labels in named
+        if isinstance(labels, tuple) and not any(fnmatchcase(name, pattern) for pattern in free)
+    ]
 
 
 def _sizes(graph_module: fx.GraphModule) -> dict[fx.Node, Any]:

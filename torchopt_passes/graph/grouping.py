@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from torchopt_passes.graph.tensors import get_tensor
 __all__ = ["Grouping", "find_channel_groups", "group_axes"]
 
 
-def find_channel_groups(graph_module: fx.GraphModule) -> list[ChannelGroup]:
+def find_channel_groups(graph_module: fx.GraphModule, free_outputs: Sequence[str] = ()) -> list[ChannelGroup]:
     """Find what can be removed from a captured model, and what cannot, with the reason.
 
     Every index of every dimension of every parameter is followed through the graph; indices that must leave together
@@ -24,6 +24,7 @@ def find_channel_groups(graph_module: fx.GraphModule) -> list[ChannelGroup]:
 
     Args:
         graph_module: a captured graph; its values do not matter, and it is left as it is.
+        free_outputs: globs on the names of outputs that may get narrower, such as ``"encoder_last_hidden_state"``.
 
     Returns:
         The groups in the order of the parameters, the locked ones included.
@@ -35,9 +36,9 @@ def find_channel_groups(graph_module: fx.GraphModule) -> list[ChannelGroup]:
         >>> from torchopt_passes.graph.capture import capture
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> [(g.name, g.size, g.locked) for g in find_channel_groups(capture(model, (torch.ones(3, 4),)))]
-        [('0.weight:0', 8, None), ('0.weight:1', 4, 'meets ...'), ('2.weight:0', 2, 'an output of the model')]
+        [('0.weight:0', 8, None), ('0.weight:1', 4, 'meets ...'), ('2.weight:0', 2, 'an output of the model (output)')]
     """
-    return list(group_axes(analyse_axes(graph_module)).groups)
+    return list(group_axes(analyse_axes(graph_module, free_outputs)).groups)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def evaluate_masked(
     dtype: torch.dtype | None = torch.float64,
     record: dict[str, Any] | None = None,
 ) -> list[Any]:
-    """Run a graph as if indices were gone, and return its flat outputs.
+    """Run a graph as if indices were gone, and return its flat outputs, narrower where indices of them are gone.
 
     Args:
         axes: the analysis of the graph.
@@ -90,6 +90,12 @@ def evaluate_masked(
         record=values,
         interpreter=partial(_Masked, axes, removed),  # pyright: ignore
     )
+    leaves = pytree.tree_leaves(module.graph.output_node().args[0], is_leaf=lambda leaf: isinstance(leaf, fx.Node))
+    if len(leaves) == len(outputs):  # both modes return the same
+        outputs = [
+            _compact(axes, removed, leaf if isinstance(leaf, fx.Node) else None, value)
+            for leaf, value in zip(leaves, outputs, strict=True)
+        ]
     if record is not None and values is not None:
         nodes = {node.name: node for node in module.graph.nodes}
         record.update({name: _compact(axes, removed, nodes.get(name), value) for name, value in values.items()})

@@ -23,6 +23,7 @@ Kind = Literal["size", "count", "width"]
 
 _COUNT = re.compile(r"(^|_)(n|h|nb|num|heads?|groups?|count|experts|chunks)(_|$)|heads?$")
 _HEADS = re.compile(r"(^|_)n?heads?$|num_heads|n_heads")
+_WIDTH = re.compile(r"dim|size|width|features|channels|hidden|inner|embed")
 _INNER = re.compile(r"all_head_size|inner|intermediate|ffn|mlp_dim|d_ff|dim_feedforward")
 
 
@@ -105,7 +106,7 @@ def candidates_of(module: nn.Module, axes: Sequence[Axis], counts: Counts) -> li
     """
     found: list[Candidate] = []
     for path, owner in module.named_modules():
-        found += _candidates(owner, path, _near(path, axes), _hints(path, counts))
+        found += _candidates(owner, path, _near(module, path, axes), _hints(path, counts))
     config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):
         found += _candidates(config, "config", axes, _hints("", counts))
@@ -142,8 +143,9 @@ def true_of_config(module: nn.Module, axes: Sequence[Axis], accepted: Iterable[C
         if type(value) is not int:
             continue
         if _INNER.search(name):
-            news: set[Size] = {len(axis.kept) for axis in axes if axis.size == value}
-            uniform, kind = _uniform(module, axes, value), cast("Kind", "size")
+            alike = [axis for axis in axes if axis.size == value]
+            news: set[Size] = {len(axis.kept) for axis in alike}
+            uniform, kind = all(_uniform(module, axes, axis) for axis in alike), cast("Kind", "size")
         elif _HEADS.search(name) and isinstance(getattr(config, "head_dim", None), int):
             news, kind = heads.get(value, set()), "count"
             uniform = True
@@ -160,14 +162,19 @@ def _items(value: Any) -> tuple[int, ...]:
     return cast("tuple[int, ...]", items) if items and all(type(item) is int and item > 0 for item in items) else ()
 
 
-def _near(path: str, axes: Sequence[Axis]) -> list[Axis]:
-    """Return the axes of a module's own tensors and its children's; else those below it; else those beside it."""
+def _near(module: nn.Module, path: str, axes: Sequence[Axis]) -> list[Axis]:
+    """Return the axes that a module's numbers may be sizes of.
+
+    Those of its own tensors and its children's; else those below it that all layers there lost alike; for a module
+    without tensors those of the module around it. One whose tensors lost nothing has none.
+    """
     while True:
-        prefix = f"{path}." if path else ""
+        owner, prefix = module.get_submodule(path), f"{path}." if path else ""
         below = [axis for axis in axes if axis.fqn.startswith(prefix)]
-        if below or not path:
-            near = [axis for axis in below if axis.fqn.removeprefix(prefix).count(".") <= 1]
-            return near or below
+        near = [axis for axis in below if axis.fqn.removeprefix(prefix).count(".") <= 1]
+        holds = any(True for _ in owner.parameters())
+        if near or holds or not path:
+            return near or [axis for axis in below if _uniform(owner, below, axis, prefix)]
         path = path.rpartition(".")[0]
 
 
@@ -183,29 +190,33 @@ def _options(
     name: str, items: tuple[int, ...], axes: Sequence[Axis], hints: Mapping[int, int]
 ) -> dict[Kind, list[tuple[int, ...]]]:
     """Return the values that an attribute may take, by how it would follow what was removed."""
+    count, width = bool(_COUNT.search(name)), bool(_WIDTH.search(name))
+    if len(items) > 1 or count == width:
+        count = width = True
     found: dict[Kind, dict[tuple[int, ...], None]] = {}
     for place, value in enumerate(items):
-        for kind, new in _follow(name, value, axes, hints):
+        if count and value in hints:
+            follow: list[tuple[Kind, int]] = [("count", hints[value])]
+        else:
+            follow = [option for axis in axes for option in _follow(value, axis, count=count, width=width)]
+        for kind, new in follow:
             if new != value:
                 found.setdefault(kind, {})[(*items[:place], new, *items[place + 1 :])] = None
     return {kind: list(news) for kind, news in found.items()}
 
 
-def _follow(name: str, value: int, axes: Sequence[Axis], hints: Mapping[int, int]) -> Iterator[tuple[Kind, int]]:
-    counts = bool(_COUNT.search(name))
-    if counts and value in hints:
-        yield "count", hints[value]
-        return
-    for axis in axes:
-        if axis.size == value:
-            yield "size", len(axis.kept)
-        elif 1 < value < axis.size and axis.size % value == 0:
-            whole = _blocks(axis, value)
-            if counts and whole is not None and all(len(places) == axis.size // value for places in whole.values()):
-                yield "count", len(whole)
-            inside = None if counts else _blocks(axis, axis.size // value)
-            if inside is not None and len(inside) == axis.size // value:
-                yield "width", len(next(iter(inside.values())))
+def _follow(value: int, axis: Axis, *, count: bool, width: bool) -> Iterator[tuple[Kind, int]]:
+    if axis.size == value:
+        yield "size", len(axis.kept)
+    elif 1 < value < axis.size and axis.size % value == 0:
+        blocks, size = value, axis.size // value
+        whole = _blocks(axis, blocks) if count else None
+        if whole is not None and all(len(places) == size for places in whole.values()):
+            yield "count", len(whole)
+        blocks, size = size, blocks
+        inside = _blocks(axis, blocks) if width else None
+        if inside is not None and len(inside) == blocks:
+            yield "width", len(next(iter(inside.values())))
 
 
 def _blocks(axis: Axis, blocks: int) -> dict[int, tuple[int, ...]] | None:
@@ -215,16 +226,11 @@ def _blocks(axis: Axis, blocks: int) -> dict[int, tuple[int, ...]] | None:
         return None
 
 
-def _uniform(module: nn.Module, axes: Sequence[Axis], size: int) -> bool:
-    """Return whether every tensor that is called alike lost as many indices of an axis of this size."""
-    after = {(axis.fqn, axis.dim): len(axis.kept) for axis in axes if axis.size == size}
-    kinds = {(_last(fqn), dim): new for (fqn, dim), new in after.items()}
-    for fqn, tensor in module.named_parameters():
-        for dim in range(tensor.ndim):
-            new = kinds.get((_last(fqn), dim))
-            if new is not None and after.get((fqn, dim)) != new:
-                return False
-    return True
+def _uniform(module: nn.Module, axes: Sequence[Axis], like: Axis, prefix: str = "") -> bool:
+    """Return whether every tensor of a module that is called alike lost as many indices of this dimension."""
+    after = {axis.fqn: len(axis.kept) for axis in axes if axis.dim == like.dim}
+    alike = [f"{prefix}{fqn}" for fqn, _ in module.named_parameters() if _last(fqn) == _last(like.fqn)]
+    return all(after.get(fqn) == len(like.kept) for fqn in alike)
 
 
 def _last(fqn: str) -> str:

@@ -153,7 +153,8 @@ class _Trials:
             outputs = _outputs(self.twin, self._inputs)
         except Exception as error:  # whatever the user's code raises is what a trial is for
             paths = {module: path for path, module in self.twin.named_modules()}
-            return _Outcome(float("inf"), len(calls), _failing(error.__traceback__, paths), _line(error))
+            failing = _failing(error.__traceback__, paths)
+            return _Outcome(float("inf"), len(calls), failing, _message(error, failing))
         finally:
             handle.remove()
         return _Outcome(relative_error(outputs, self._expected), len(calls))
@@ -263,10 +264,10 @@ def _failing(trace: TracebackType | None, paths: Mapping[nn.Module, str]) -> tup
     return tuple(reversed(found))
 
 
-def _line(error: Exception) -> str:
+def _message(error: Exception, modules: Sequence[str]) -> str:
+    """Return what failed, and where in the user's code, or else in which module."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        f for f in frames if not any(part in f.filename.replace("\\", "/") for part in ("/torch/", "/torchopt_passes/"))
-    ]
-    where = f"{own[-1].filename}:{own[-1].lineno} ({own[-1].line}): " if own else ""
+    machinery = ("/torch/", "/torchopt_passes/")
+    own = [frame for frame in frames if not any(part in frame.filename.replace("\\", "/") for part in machinery)]
+    where = f"{own[-1].filename}:{own[-1].lineno} ({own[-1].line}): " if own else f"{modules[0]!r}: " if modules else ""
     return f"{where}{(str(error).strip() or type(error).__name__).splitlines()[0]}"

@@ -143,6 +143,7 @@ def narrow(attention: nn.MultiheadAttention) -> NarrowMultiheadAttention:
 
 def without_nested_tensors(module: nn.Module) -> None:
     """Keep every ``nn.TransformerEncoder`` with narrow attention from nested tensors, which only fused kernels take."""
+    encoder: Any
     for encoder in module.modules():
         nests = isinstance(encoder, nn.TransformerEncoder) and getattr(encoder, "use_nested_tensor", False)
         if nests and any(isinstance(part, NarrowMultiheadAttention) for part in encoder.modules()):

@@ -59,6 +59,8 @@ class PruneChannels(GraphPass):
         steps: rounds in which the units leave; importance is measured anew in each.
         kinds: what may leave (see `ChannelGroup`). Of the factors of one axis (heads x features) the first alone is
             removed, unless the others are named here or in `overrides`.
+        free_outputs: globs on the names of outputs that may get narrower (``"encoder_last_hidden_state"``, which comes
+            beside the logits); every other output keeps its shape.
 
     Math:
         y(x; W with the indices removed) = y(x; W with them zero, statistics over the indices that stay).
@@ -98,6 +100,7 @@ class PruneChannels(GraphPass):
         "heads",
         "blocks",
     )
+    free_outputs: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse options that contradict each other or are out of range."""
@@ -122,7 +125,7 @@ class PruneChannels(GraphPass):
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Choose the units; see the class."""
         context = context or PassContext()
-        grouping = group_axes(analyse_axes(graph_module))
+        grouping = group_axes(analyse_axes(graph_module, self.free_outputs))
         skips: list[Skip] = []
         if self.keep is not None:
             found, why = _removal(grouping, _to_keep(grouping, self.keep)), "not among the units to keep"
@@ -157,7 +160,7 @@ class PruneChannels(GraphPass):
         gone: dict[str, int] = {}
         why = ""
         for number in range(1, self.steps + 1):
-            grouping = group_axes(analyse_axes(work))
+            grouping = group_axes(analyse_axes(work, self.free_outputs))
             skips.clear()
             chosen, why = self._choose(work, grouping, context, skips, number / self.steps, gone)
             for name, mask in chosen.items():

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from torchopt_passes.errors import PlanError
-from torchopt_passes.graph._transformers import config_from_data, load_generation_config, load_model
+from torchopt_passes.errors import MissingExtraError, PlanError
+from torchopt_passes.graph._transformers import config_from_data, finish_loading, load_model
 from torchopt_passes.graph.pruning.narrow_attention import narrow, without_nested_tensors
 from torchopt_passes.graph.pruning.pruned_record import KEY, PrunedRecord
 from torchopt_passes.graph.pruning.resize_attribute import read_size, write_size
@@ -52,9 +52,9 @@ def load_pruned(path: str | Path, *, device: torch.device | str = "cpu") -> nn.M
         model = _build(data, record, tensors)
         _cut_buffers(model, record)
         _set_attributes(model, record)
-        load_generation_config(model, folder)
+        finish_loading(model, folder)
         return model.to(device).eval()
-    except PlanError:
+    except (PlanError, MissingExtraError):
         raise
     except Exception as error:  # whatever Transformers makes of a stranger's configuration
         raise PlanError(f"{folder} holds no pruned model that can be read: {error}") from error
