@@ -111,8 +111,6 @@ def run(examples: int, seed: int, path: Path) -> Tally:
     )
     @given(networks(), st.data())
     def one(network: Network, data: st.DataObject) -> None:
-        tally.examples += 1
-        tally.networks.add(network)
         keep: dict[str, tuple[int, ...]] = {}
 
         def choose(groups: Any) -> dict[str, tuple[int, ...]]:
@@ -128,6 +126,8 @@ def run(examples: int, seed: int, path: Path) -> Tally:
             at = f"{Path(where.filename).name}:{where.lineno}"
             tally.failures.append({"network": repr(network), "keep": keep, "error": text, "at": at})
             print(f"{len(tally.failures)}. {text.splitlines()[0]}\n   {network}", flush=True)
+        tally.examples += 1  # here: an example that hypothesis gives up while it draws is none
+        tally.networks.add(network)
         if tally.examples % FLUSH == 0:
             tally.write(path, seed)
             print(f"{tally.examples} of {examples}, {len(tally.failures)} wrong", file=sys.stderr, flush=True)

@@ -53,7 +53,9 @@ ATTENTION: dict[str, Case] = {
         replace(SEPARATE, core="sdpa", kv=2, packing="split"), heads(2, "qkv.weight:0*16", "out.weight:1*8")
     ),
     "mqa": within(replace(SEPARATE, kv=1), features(4, "v.weight:0*1", "out.weight:1*4")),
-    "packed_view": within(replace(SEPARATE, packing="view"), *PACKED),
+    "packed_view": within(  # one view splits q, k and v: they have as many features
+        replace(SEPARATE, packing="view"), PACKED[0], features(4, "qkv.weight:0*12", "out.weight:1*4")
+    ),
     "packed_chunk": within(replace(SEPARATE, packing="chunk", core="sdpa"), *PACKED),
     "packed_split": within(replace(SEPARATE, packing="split"), *PACKED),
     "packed_per_head": within(replace(SEPARATE, packing="per_head"), *PACKED),
