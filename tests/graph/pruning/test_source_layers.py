@@ -177,17 +177,14 @@ def test_recurrent_layers_lose_hidden_units(kind: Any, gates: int, bidirectional
 
 
 def test_recurrent_layers_that_would_differ_are_refused() -> None:
-    lstm = nn.LSTM(3, 5, num_layers=2)
-    rows = [5 * gate for gate in range(4)]
+    lstm, one, names = nn.LSTM(3, 5, num_layers=2), nn.LSTM(3, 5), ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    edits = [remove(f"{name}_l1", 0, (0, 5, 10, 15), 20) for name in names]
     with pytest.raises(top.PlanError, match="unequal hidden sizes"):
-        edits = [remove(f"{n}_l1", 0, rows, 20) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         apply(lstm, *edits, remove("weight_hh_l1", 1, (0,), 5))
+    edits = [remove(f"{name}_l0", 0, (0, 6, 10, 15), 20) for name in names]
     with pytest.raises(top.PlanError, match="same units of each of its 4 gates"):
-        rows = [0, 6, 10, 15]
-        one = nn.LSTM(3, 5)
-        edits = [remove(f"{n}_l0", 0, rows, 20) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         apply(one, *edits, remove("weight_hh_l0", 1, (0,), 5))
-    assert lstm.hidden_size == 5
+    assert lstm.hidden_size == one.hidden_size == 5
 
 
 def test_cells() -> None:

@@ -207,7 +207,7 @@ def test_an_optimizer_that_cannot_be_cut_is_refused_and_nothing_changes() -> Non
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = {name: p.grad for name, p in model.named_parameters()}
     state = dict(optimizer.state[model[0].weight])
-    with pytest.raises(top.PlanError, match="LBFGS keeps .* make a new optimizer"):
+    with pytest.raises(top.PlanError, match=r"LBFGS keeps .* make a new optimizer"):
         MLP_PLAN.apply(model, optimizer)
     assert all(torch.equal(before[name], p) and p.grad is gradients[name] for name, p in model.named_parameters())
     assert dict(optimizer.state[model[0].weight]).keys() == state.keys() and model[0].out_features == 6
