@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "search": BASE | {"functional", "graph", "callbacks", "deploy"},
     "show": {"errors", "graph"},
     "recipe": BASE | {"functional", "graph", "callbacks", "deploy", "search"},
+    "testing": BASE | {"functional", "graph"},
     "decorators": BASE | {"functional", "graph", "recipe"},
     "demo": BASE | {"functional", "graph", "callbacks", "deploy", "search", "show", "recipe", "decorators"},
     "cli": BASE | {"functional", "graph", "callbacks", "deploy", "search", "show", "recipe", "decorators", "demo"},

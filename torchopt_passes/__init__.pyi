@@ -1,4 +1,5 @@
 from .callbacks import Distillation as Distillation
+from .callbacks import GradualChannelPruning as GradualChannelPruning
 from .callbacks import GradualPruning as GradualPruning
 from .callbacks import KeepZeros as KeepZeros
 from .callbacks import QuantizationSchedule as QuantizationSchedule
@@ -57,6 +58,7 @@ from .graph.registry import pass_types as pass_types
 from .graph.report import PassReport as PassReport
 from .graph.report import Proof as Proof
 from .graph.report import ReportRow as ReportRow
+from .testing import assert_removal_is_exact as assert_removal_is_exact
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .show.plots import scatter as scatter

@@ -33,6 +33,7 @@ def find_channel_groups(graph_module: fx.GraphModule, free_outputs: Sequence[str
         ConfigError: the graph has no example inputs, or holds fake-quantizers.
 
     Example:
+        >>> import torch
         >>> from torchopt_passes.graph.capture import capture
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> [(g.name, g.size, g.locked) for g in find_channel_groups(capture(model, (torch.ones(3, 4),)))]
