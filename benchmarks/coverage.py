@@ -20,6 +20,7 @@ import gc
 import json
 import os
 import platform
+import re
 import resource
 import select
 import signal
@@ -178,7 +179,7 @@ def finish(pid: int, pipe: int, case: Case, tool: str, *, in_time: bool) -> Row:
 def write(row: Row) -> None:
     """Put a row into the record, in the order of suite, model and tool; two runs may write at once."""
     with _locked():
-        rows = {(r["suite"], r["model"], r["tool"]): r for r in read()}
+        rows = {(r["suite"], r["model"], r["tool"]): {n: _text(r[n]) for n in COLUMNS} for r in read()}
         rows[row["suite"], row["model"], row["tool"]] = {name: _text(row.get(name, "")) for name in COLUMNS}
         partial = RECORD.with_suffix(".csv.partial")
         with partial.open("w", newline="") as file:
@@ -222,7 +223,10 @@ def _locked() -> Any:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, float) and 0 < abs(value) < 1e-2 else "" if value is None else str(value)
+    """Return a cell: numbers below 0.01 in two digits, files by their path inside a package or this repository."""
+    if isinstance(value, float) and 0 < abs(value) < 1e-2:
+        return f"{value:.2g}"
+    return "" if value is None else re.sub(r"/\S*/site-packages/", "", str(value)).replace(f"{ROOT}/", "")
 
 
 if __name__ == "__main__":

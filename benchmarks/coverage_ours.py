@@ -36,6 +36,7 @@ def run(case: Case, row: Row) -> None:
     row["captured"] = "yes"
     del model
     graph.eval()
+    describe_groups(row, graph)
     try:
         with seconds_of_planning_and_surgery(row):
             result = top.PruneChannels(ratio=RATIO)(graph, top.PassContext())
@@ -45,8 +46,6 @@ def run(case: Case, row: Row) -> None:
     except Exception as error:
         row |= {"outcome": "crash", "note": words(error, "pruning")}
         return
-    finally:
-        describe_groups(row, case)
     proof = result.report.proof
     row["proof error"] = proof.error if proof.status == "proven" else f"{proof.status}: {proof.detail}"
     row["parameters after"], row["macs after"] = cost(graph, args, kwargs)
@@ -61,6 +60,8 @@ def removed_of(plan: Any) -> Removed:
     """Return the plan's removals, by parameter and dimension."""
     removed: Removed = {}
     for edit in plan.edits:
+        if not isinstance(edit, top.RemoveIndices):  # a size attribute of the source module
+            continue
         removed.setdefault(edit.target, {})[edit.dim] = edit.indices
     return removed
 
@@ -90,11 +91,10 @@ def seconds_of_planning_and_surgery(row: Row) -> Iterator[None]:
         top.PruneChannels.plan, top.Plan.apply = plan, apply
 
 
-def describe_groups(row: Row, case: Case) -> None:
-    """Count the groups of the model as it was, and say which are locked and why."""
-    args, kwargs = case.inputs(BATCH)
+def describe_groups(row: Row, graph: top.CapturedModule) -> None:
+    """Count the groups of a captured model, and say which are locked and why."""
     try:
-        groups = top.find_channel_groups(top.capture(case.build(), args, kwargs))
+        groups = top.find_channel_groups(graph)
     except Exception as error:
         row["locked"] = words(error, "groups")
         return
@@ -112,7 +112,7 @@ def _short(reason: str) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=9", "--", "."]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=9"]
     root = Path(__file__).resolve().parent.parent
-    found = subprocess.run(command[:-2], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     return found or "no commit"
