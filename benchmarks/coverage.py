@@ -2,7 +2,7 @@
 
     python benchmarks/coverage.py --suite torchvision                       # both tools, every model
     python benchmarks/coverage.py --suite timm --only '*vit*' --tool ours
-    python benchmarks/coverage.py --suite all --resume                      # only rows that are not in the record
+    python benchmarks/coverage.py --suite all --resume                      # only rows that have no outcome yet
     python benchmarks/coverage.py --docs                                    # docs/coverage.md, of the record alone
 
 Half of every group is removed (ratio 0.5) with nothing said of any model but the size of its inputs. Each row is a
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="glob on the models' names")
     parser.add_argument("--tool", choices=[*TOOLS, "both"], default="both")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once")
-    parser.add_argument("--resume", action="store_true", help="leave out the rows that are in the record")
+    parser.add_argument("--resume", action="store_true", help="leave out the rows that have an outcome")
     parser.add_argument("--docs", action="store_true", help="write docs/coverage.md of the record and stop")
     options = parser.parse_args()
     if options.docs:
@@ -66,7 +66,7 @@ def main() -> None:
         return
     suites = list(SUITES) if options.suite == "all" else [options.suite]
     tools = list(TOOLS) if options.tool == "both" else [options.tool]
-    done = {(r["suite"], r["model"], r["tool"]) for r in read()} if options.resume else set()
+    done = {(r["suite"], r["model"], r["tool"]) for r in read() if r["outcome"]} if options.resume else set()
     write_environment()
     for suite in suites:
         wanted = [case for case in cases(suite) if fnmatch.fnmatch(case.name, options.only)]
@@ -140,7 +140,7 @@ def row_of(case: Case, tool: str) -> Row:
     except MemoryError as error:
         row |= {"outcome": "out of memory", "note": words(error, "row")}
     except Exception as error:
-        row |= {"outcome": row["outcome"] or "crash", "note": words(error, "the benchmark itself")}
+        row["note"] = words(error, "the benchmark itself")  # no outcome: this says nothing of the tool
     row["peak MB of the row"] = peak()
     if row.get("parameters after"):
         row["share removed"] = round(1 - row["parameters after"] / row["parameters before"], 4)

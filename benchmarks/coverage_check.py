@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["Removed", "distance", "main_outputs", "masked_outputs", "plain_outputs", "zero_removed"]
+__all__ = ["Removed", "alive", "distance", "main_outputs", "masked_outputs", "plain_outputs", "zero_removed"]
 
 Removed = dict[str, dict[int, Sequence[int]]]
 """fqn of a parameter or buffer -> dimension -> the indices that left, in the original's numbering."""
@@ -211,6 +211,11 @@ def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float | No
         error = float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
         worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
+
+
+def alive(outputs: Sequence[Tensor]) -> bool:
+    """Return whether the samples of the batch have different outputs: a network that died gives the same for all."""
+    return any(t.dim() == 0 or t.shape[0] < 2 or bool((t[0] != t[1]).any()) for t in outputs if t.numel())
 
 
 def _follow(module: nn.Module, mode: KeptStatistics) -> Iterator[Any]:

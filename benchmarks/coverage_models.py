@@ -99,9 +99,9 @@ def _torchvision() -> list[Case]:
         for name in models.list_models(module=models.segmentation)
     ]
     for name in models.list_models(module=models.video):
-        side, frames = (224, 16) if name == "s3d" else (64, 16)  # its pooling is as large as the map at 224
-        fixed = {"spatial_size": (side, side), "temporal_size": frames} if name.startswith("mvit") else {}
-        found.append(_vision("torchvision", name, (3, frames, side, side), **fixed))
+        # s3d pools as much as there is at 224; mvit has positions for 224 and 16 frames
+        side = 224 if name.startswith(("s3d", "mvit")) else 64
+        found.append(_vision("torchvision", name, (3, 16, side, side)))
     for name in models.list_models(module=models.detection):
         own = {} if name.startswith("ssd") else {"min_size": 128, "max_size": 128}
         side = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}.get(name, 128)
