@@ -182,6 +182,15 @@ def test_nothing_is_set_where_nothing_is_needed() -> None:
     assert found_and_right(model, edits, ((torch.randn(3, 4),), {}), expected) == {}
 
 
+def test_the_configuration_is_told_what_all_layers_lost_alike() -> None:
+    model = MODELS["bert"].build().eval()
+    for layers, told in (((0, 1), {"config.intermediate_size": (32, 29)}), ((1,), {})):
+        plan = bert_plan(model, (0,), (3, 4, 5), layers)
+        edits = [edit for edit in plan.edits if isinstance(edit, RemoveIndices)]
+        found = found_and_right(model, edits, MODELS["bert"].case(2), masked(model, plan, *BERT_READERS))
+        assert {target: sizes for target, sizes in found.items() if target.startswith("config")} == told
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_transformers_models(name: str) -> None:
     model = MODELS[name].build().eval()

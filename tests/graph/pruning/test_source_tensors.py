@@ -302,3 +302,37 @@ def test_tensors_that_were_cut_before_have_their_layers_told() -> None:
     assert [model[i].out_features for i in (0, 2, 4)] == [4, 4, 3]
     x = torch.randn(3, 4, dtype=torch.float64)
     assert torch.equal(model(x), other(x))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_an_optimizer_of_a_captured_graph_goes_on_with_its_new_parameters(name: str) -> None:
+    model, x = mlp().double(), torch.randn(7, 4, dtype=torch.float64)
+    graph_module, reference = top.capture(model, (x,)), copy.deepcopy(model)
+    optimizer, other = (OPTIMIZERS[name](m.parameters()) for m in (graph_module, reference))
+    train_step(graph_module, optimizer)
+    train_step(reference, other)
+    MLP_PLAN.apply(graph_module, optimizer)
+    MLP_PLAN.apply(reference, other)
+    for _ in range(2):
+        train_step(graph_module, optimizer)
+        train_step(reference, other)
+    for fqn, parameter in reference.named_parameters():
+        assert relative_error(graph_module.get_parameter(fqn), parameter) < 1e-12
+    assert model[0].weight.shape == (6, 4), "the source keeps its own parameters"
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in graph_module.parameters()} and len(optimizer.state) == 6
+
+
+def test_a_failed_plan_gives_a_graphs_optimizer_its_parameters_back() -> None:
+    x = torch.randn(7, 4, dtype=torch.float64)
+    graph_module = top.capture(mlp().double(), (x,))
+    optimizer = OPTIMIZERS["adamw"](graph_module.parameters())
+    train_step(graph_module, optimizer)
+    before = [p.shape for p in graph_module.parameters()]
+    bad = top.MaskWeights(target="0.weight", reason="", mask=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(top.PlanError, match="its mask"):
+        (MLP_PLAN + plan_of(bad)).apply(graph_module, optimizer)
+    assert [p.shape for p in graph_module.parameters()] == before
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in graph_module.parameters()} == {id(p) for p in optimizer.state}
+    train_step(graph_module, optimizer)

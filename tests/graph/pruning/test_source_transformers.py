@@ -194,3 +194,28 @@ def test_to_a_device(tmp_path: Path) -> None:
     PLANS["bert"][0](model).apply(model)
     model.save_pretrained(tmp_path)
     assert {p.device.type for p in load_pruned(tmp_path, device="meta").parameters()} == {"meta"}
+
+
+def test_torch_attention_inside_a_transformers_model(tmp_path: Path) -> None:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model: Any = SiglipVisionModel(
+        SiglipVisionConfig(**sizes, num_attention_heads=4, image_size=16, patch_size=8)
+    ).eval()
+    path = next(name for name, m in model.named_modules() if type(m) is nn.MultiheadAttention)
+    rows = [0, 1, 2, 3, 8, 9, 10, 11]
+    packed = [16 * part + row for part in range(3) for row in rows]
+    plan = plan_of(
+        remove(f"{path}.in_proj_weight", 0, packed, 48),
+        remove(f"{path}.in_proj_bias", 0, packed, 48),
+        remove(f"{path}.out_proj.weight", 1, rows, 16),
+    )
+    reference: Any = masked(model, plan, "out_proj.weight")
+    plan.apply(model)
+    pixels = torch.randn(2, 3, 16, 16)
+    output = model(pixels).pooler_output
+    assert torch.allclose(output, reference(pixels).pooler_output, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded: Any = load_pruned(tmp_path)
+    assert torch.equal(loaded(pixels).pooler_output, output) and loaded.get_submodule(path).num_heads == 2

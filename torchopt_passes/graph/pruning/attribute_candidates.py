@@ -227,10 +227,15 @@ def _blocks(axis: Axis, blocks: int) -> dict[int, tuple[int, ...]] | None:
 
 
 def _uniform(module: nn.Module, axes: Sequence[Axis], like: Axis, prefix: str = "") -> bool:
-    """Return whether every tensor of a module that is called alike lost as many indices of this dimension."""
-    after = {axis.fqn: len(axis.kept) for axis in axes if axis.dim == like.dim}
-    alike = [f"{prefix}{fqn}" for fqn, _ in module.named_parameters() if _last(fqn) == _last(like.fqn)]
-    return all(after.get(fqn) == len(like.kept) for fqn in alike)
+    """Return whether every tensor of a module that is called alike, and was as large, lost as many indices."""
+    cut = {axis.fqn: axis for axis in axes if axis.dim == like.dim}
+    for name, tensor in module.named_parameters():
+        if _last(name) == _last(like.fqn) and tensor.ndim > like.dim:
+            axis = cut.get(f"{prefix}{name}")
+            size, left = (axis.size, len(axis.kept)) if axis is not None else (tensor.shape[like.dim],) * 2
+            if size == like.size and left != len(like.kept):
+                return False
+    return True
 
 
 def _last(fqn: str) -> str:
