@@ -58,12 +58,13 @@ def fit_sizes(module: nn.Module, removals: Mapping[int, Removal]) -> list[SizeCh
             cuts |= {f"out_proj.{name}": cut for name, cut in _cuts(layer.out_proj, removals).items()}
         if not cuts:
             continue
+        before = dict(vars(layer))
         try:
             found = fit_attention(layer, cuts) if attention else _fit(layer, cuts)
         except PlanError as error:
             raise PlanError(f"{path} ({type(layer).__name__}): {error}") from error
         for name, value in found.items():
-            if getattr(layer, name, None) != value:
+            if before.get(name) != value:
                 setattr(layer, name, value)
                 changes.append((path, name, value))
         if isinstance(layer, nn.RNNBase):
