@@ -7,9 +7,26 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from tests.callbacks.loops import Example, captured_net, conv_net, images, quantized_net, ragged_tokens, tiny_bert
+from tests.callbacks.loops import (
+    Example,
+    bare_net,
+    captured_net,
+    collate,
+    conv_net,
+    images,
+    quantized_net,
+    ragged_tokens,
+    tiny_bert,
+)
 from torchopt_passes import callbacks
-from torchopt_passes.callbacks import Callback, Distillation, GradualPruning, KeepZeros, QuantizationSchedule
+from torchopt_passes.callbacks import (
+    Callback,
+    Distillation,
+    GradualChannelPruning,
+    GradualPruning,
+    KeepZeros,
+    QuantizationSchedule,
+)
 from torchopt_passes.functional.masks import magnitude_mask
 
 
@@ -49,6 +66,20 @@ CASES: dict[str, Case] = {
         model=quantized_net,
         data=images,
         extra_state=("weight_mask",),
+    ),
+    "GradualChannelPruning": Case(
+        make=lambda: GradualChannelPruning(
+            ratio=0.5, start=1, end=5, every=1, importance="taylor", example_inputs=collate(images(2))
+        ),
+        model=bare_net,
+        data=images,
+        extra_state=("weight_0_mask",),
+    ),
+    "GradualChannelPruning-captured": Case(
+        make=lambda: GradualChannelPruning(ratio=0.5, start=0.2, end=0.8, scope="global"),
+        model=captured_net,
+        data=images,
+        extra_state=("weight_0_mask",),
     ),
     "KeepZeros": Case(make=lambda: KeepZeros(skip=("classifier",)), model=pruned_bert, extra_state=("weight_mask",)),
     "Distillation": Case(make=lambda: Distillation(tiny_bert(seed=7).train(), alpha=0.3, temperature=3.0)),

@@ -76,6 +76,13 @@ def conv_net(dropout: float = 0.0, seed: int = 0) -> ConvNet:
     return ConvNet(dropout)
 
 
+def bare_net(dropout: float = 0.0) -> nn.Module:
+    """A `ConvNet` without the batch norm."""
+    net: nn.Module = conv_net(dropout)
+    net.bn = nn.Identity()
+    return net
+
+
 def captured_net(dropout: float = 0.0) -> CapturedModule:
     """The graph of a `ConvNet`."""
     return copy.deepcopy(_captured_once(dropout))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchopt_passes.callbacks.attach import Session, attach
 from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.distillation import Distillation
+from torchopt_passes.callbacks.gradual_channel_pruning import GradualChannelPruning
 from torchopt_passes.callbacks.gradual_pruning import GradualPruning
 from torchopt_passes.callbacks.items import num_items_in_batch
 from torchopt_passes.callbacks.keep_zeros import KeepZeros
@@ -16,6 +17,7 @@ from torchopt_passes.callbacks.student import StudentCall
 __all__ = [
     "Callback",
     "Distillation",
+    "GradualChannelPruning",
     "GradualPruning",
     "KeepZeros",
     "LossTerm",

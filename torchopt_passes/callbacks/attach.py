@@ -68,7 +68,7 @@ def attach(
     try:
         session.bind(optimizer, total_steps=total_steps)
     except BaseException:
-        session.close()
+        session.abandon()
         raise
     return session
 
@@ -97,7 +97,7 @@ class Session:
             for callback in self.callbacks:
                 self._student.join(callback)
         except BaseException:
-            self.close()
+            self.abandon()
             raise
 
     def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int | None = None, step: int = 0) -> None:
@@ -149,7 +149,16 @@ class Session:
         self._begin()
 
     def close(self) -> None:
-        """Remove the callbacks and hooks; safe to call again."""
+        """Training has ended: let the callbacks finish, and remove them and the hooks; safe to call again."""
+        try:
+            for callback in self.callbacks if self._handle is not None else ():
+                if callback.student is self._student:
+                    callback.finish(self.optimizer)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Training is broken off: remove the callbacks and hooks, and leave the model as it is."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -162,7 +171,10 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
 
     def _refuse_busy(self) -> None:
         if len(set(map(id, self.callbacks))) != len(self.callbacks):

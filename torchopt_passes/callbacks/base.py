@@ -36,6 +36,7 @@ class Callback(TrainerEvents):
         optimizer.step()
             callback.after_step(progress)     Trainer: on_optimizer_step   attach: the optimizer's post-hook
         callback.metrics()                    Trainer: on_log           attach: session.metrics()
+    callback.finish(optimizer)                Trainer: on_train_end     attach: on leaving, not after an error
     callback.remove()                         Trainer: on_train_end     attach: on leaving, after an error too
     ```
 
@@ -62,6 +63,6 @@ class Callback(TrainerEvents):
     """
 
     def close(self) -> None:
-        """Remove the callback from its model now, as the end of training does; safe to call again."""
+        """Remove the callback from its model now, as after an error; safe to call again."""
         if self.student is not None:
             self.student.leave(self)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from torchopt_passes.callbacks.base import Callback
-from torchopt_passes.callbacks.lifecycle import Progress, When, check_when
+from torchopt_passes.callbacks.gradual import GradualMasks
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.callbacks.targets import Target, choose_targets, put_masks
-from torchopt_passes.errors import CallbackError, ConfigError
+from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional.masks import (
     block_mask,
     global_magnitude_masks,
@@ -21,18 +19,15 @@ from torchopt_passes.functional.masks import (
     n_m_mask,
     removed_count,
 )
-from torchopt_passes.functional.schedules import Ramp, Shape, named_shape
 from torchopt_passes.graph.edit import Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.pruning.prune_weights import MaskWeights, parse_pattern
 
 __all__ = ["GradualPruning"]
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(kw_only=True, eq=False)
-class GradualPruning(Callback):
+class GradualPruning(GradualMasks):
     """Raise the share of zero weights from `initial_sparsity` to `sparsity` along a schedule, by smallest magnitude.
 
     Each weight gets a bool buffer ``<name>_mask`` beside it (True: kept), so that a checkpoint holds the masks and a
@@ -68,29 +63,17 @@ class GradualPruning(Callback):
     """
 
     sparsity: float | None = None
-    start: When = 0.1
-    end: When = 0.7
-    every: int | None = None
-    schedule: str | Shape = "cubic"
     initial_sparsity: float = 0.0
     scope: Literal["tensor", "global"] = "tensor"
     pattern: str = ""
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
-    skips: tuple[Skip, ...] = field(default=(), init=False, repr=False)
-    """Parameters that are left alone, with the reason; filled when the callback is installed."""
-    plan: Plan = field(default=Plan(), init=False, repr=False)
-    """The masks that training chose, as a plan that other copies of the model take; filled at the end."""
     _targets: tuple[Target, ...] = field(default=(), init=False, repr=False)
-    _ramp: Ramp | None = field(default=None, init=False, repr=False)
-    _unverified: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse options that are wrong in any training."""
-        check_when(self.start, "start")
-        check_when(self.end, "end")
-        self._shape = named_shape(self.schedule)
+        super().__post_init__()
         self._kind, self._numbers = parse_pattern(self.pattern)
         if self._kind == "n:m":
             share = 1.0 - self._numbers[0] / self._numbers[1]
@@ -105,8 +88,6 @@ class GradualPruning(Callback):
             raise ConfigError(f'scope must be "tensor" or "global", not {self.scope!r}')
         if self.pattern and self.scope == "global":
             raise ConfigError('a pattern works on each weight by itself: scope must be "tensor"')
-        if self.every is not None and self.every < 1:
-            raise ConfigError(f"every must be at least 1 step, not {self.every}")
 
     @property
     def fqns(self) -> tuple[str, ...]:
@@ -119,7 +100,7 @@ class GradualPruning(Callback):
         kept: list[Target] = []
         for target in targets:
             try:
-                self._mask(target, self._final)
+                self._mask(target, self._span[1])
             except ConfigError as error:
                 skips = (*skips, Skip(target=target.fqn, reason=str(error)))
                 continue
@@ -128,31 +109,6 @@ class GradualPruning(Callback):
             raise ConfigError(f"pattern {self.pattern!r} fits no weight: {skips[-1].target}: {skips[-1].reason}")
         put_masks(student, self, {target: torch.ones_like(target.weight, dtype=torch.bool) for target in kept})
         self._targets, self.skips = tuple(kept), skips
-
-    def begin(self, progress: Progress) -> None:
-        """Place the schedule on the steps of this run."""
-        start, end = progress.steps(self.start), progress.steps(self.end)
-        if progress.total_steps is not None and end > progress.total_steps:
-            raise CallbackError(f"the last update is at step {end}, but training ends at step {progress.total_steps}")
-        every = self.every or max(1, (end - start) // 100)
-        self._ramp = Ramp(
-            initial=self.initial_sparsity, final=self._final, start=start, end=end, every=every, shape=self._shape
-        )
-        self._unverified = True
-        if progress.step == 0 and self._ramp.is_update(0):
-            self._update(self._ramp.at(0))
-
-    @torch.no_grad()
-    def after_step(self, progress: Progress) -> None:
-        """Remove more weights if an update is due, and zero those removed so far."""
-        if self._ramp is None:
-            raise CallbackError("GradualPruning got a step before training began")
-        if self._unverified:
-            self._verify(self._ramp, progress.step - 1)
-            self._unverified = False
-        if self._ramp.is_update(progress.step):
-            self._update(self._ramp.at(progress.step))
-        self._apply()
 
     def metrics(self) -> dict[str, float]:
         """Return ``sparsity``: the share of the managed weights that is removed."""
@@ -171,18 +127,37 @@ class GradualPruning(Callback):
         self._targets, self._ramp = (), None
 
     @property
-    def _final(self) -> float:
-        return self.sparsity or 0.0
+    def _span(self) -> tuple[float, float]:
+        """The sparsities at the first update and from the last one on."""
+        return self.initial_sparsity, self.sparsity or 0.0
 
-    def _update(self, sparsity: float) -> None:
+    def _choose(self, value: float) -> None:
+        """Mask the smallest weights, so many that `value` is the sparsity."""
         if self.scope == "global":
-            found = global_magnitude_masks({t.fqn: t.weight for t in self._targets}, sparsity)
+            found = global_magnitude_masks({t.fqn: t.weight for t in self._targets}, value)
         else:
-            found = {target.fqn: self._mask(target, sparsity) for target in self._targets}
+            found = {target.fqn: self._mask(target, value) for target in self._targets}
         for target in self._targets:
             target.mask.copy_(found[target.fqn])
-        with torch.no_grad():
-            self._apply()
+
+    def _apply(self) -> None:
+        """Set the masked weights to zero."""
+        for target in self._targets:
+            target.weight.masked_fill_(~target.mask, 0)
+
+    def _removed(self) -> int:
+        """Return how many weights are masked."""
+        return sum(int((~target.mask).sum()) for target in self._targets)
+
+    def _bounds(self, value: float) -> tuple[int, int]:
+        """Return how many weights a sparsity removes, all weights together, by the rules of the masks: twice."""
+        sizes = [target.weight.numel() for target in self._targets]
+        if self.scope == "global":
+            expected = removed_count(value, sum(sizes))
+        else:
+            block = self._numbers[0] * self._numbers[1] if self._kind == "block" else 1
+            expected = sum(block * removed_count(value, size // block) for size in sizes)
+        return expected, expected
 
     def _mask(self, target: Target, sparsity: float) -> torch.Tensor:
         weight = target.weight.detach()
@@ -195,41 +170,6 @@ class GradualPruning(Callback):
             protected = n_m_mask(weight, *self._numbers, dim=target.input_dim)
             return keep_largest(weight.abs().masked_fill(protected, torch.inf), sparsity)
         return magnitude_mask(weight, sparsity)
-
-    def _apply(self) -> None:
-        for target in self._targets:
-            target.weight.masked_fill_(~target.mask, 0)
-
-    def _removed(self) -> int:
-        return sum(int((~target.mask).sum()) for target in self._targets)
-
-    def _expected(self, sparsity: float) -> int:
-        """Return how many weights a share removes, all weights together, by the rules of the masks."""
-        sizes = [target.weight.numel() for target in self._targets]
-        if self.scope == "global":
-            return removed_count(sparsity, sum(sizes))
-        block = self._numbers[0] * self._numbers[1] if self._kind == "block" else 1
-        return sum(block * removed_count(sparsity, size // block) for size in sizes)
-
-    def _verify(self, ramp: Ramp, step: int) -> None:
-        """Refuse to go on from a checkpoint whose masks were not loaded: the weights would silently grow back."""
-        expected = self._expected(ramp.at(step)) if ramp.last_update(step) is not None else 0
-        if self._removed() != expected:
-            raise CallbackError(
-                f"after step {step} the masks should remove {expected} weights, but remove {self._removed()}: load the "
-                "model's state_dict, masks included, after the callback is installed (attach, or Trainer with "
-                "callbacks=), and resume with the options that the checkpoint was made with"
-            )
-
-    def _tell_if_short(self) -> None:
-        expected = self._expected(self._final)
-        if self._removed() < expected:
-            logger.warning(
-                "GradualPruning ends with %d of %d weights removed: training stopped before the last update, or an "
-                "earlier checkpoint was loaded as the best",
-                self._removed(),
-                expected,
-            )
 
 
 def _edit(target: Target) -> MaskWeights:

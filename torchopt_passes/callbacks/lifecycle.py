@@ -1,4 +1,4 @@
-"""What a training callback is to every loop: six moments of its life, and nothing about any trainer."""
+"""What a training callback is to every loop: the moments of its life, and nothing about any trainer."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ class Lifecycle:
     loss_term   in each training-mode forward of the student
     after_step  after each completed optimizer step
     metrics     when the loop logs
+    finish      at the end, never after an error: what is done to the trained model
     remove      at the end, and after an error: leave nothing behind but the trained weights
     """
 
@@ -112,6 +113,13 @@ class Lifecycle:
     def metrics(self) -> dict[str, float]:
         """Return what to log, over the time since the last call."""
         return {}
+
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Training has ended, on time or early, and not by an error; `remove` follows.
+
+        Args:
+            optimizer: the one that trained the model, where the loop knows it.
+        """
 
     def remove(self) -> None:
         """Undo `install`; called exactly once after it."""

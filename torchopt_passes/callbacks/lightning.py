@@ -49,7 +49,7 @@ def lightning_callback(callbacks: Iterable[Lifecycle], *, student: str = "model"
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             """Install before the optimizer is made and a checkpoint is loaded."""
             if stage == "fit":
-                self._close()
+                self._abandon()
                 self.session = Session(_student(pl_module, student), given)
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -66,16 +66,18 @@ def lightning_callback(callbacks: Iterable[Lifecycle], *, student: str = "model"
                 pl_module.log_dict(self.session.metrics())
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            """Remove."""
-            self._close()
+            """Finish and remove."""
+            if self.session is not None:
+                session, self.session = self.session, None
+                session.close()
 
         def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
             """Remove."""
-            self._close()
+            self._abandon()
 
-        def _close(self) -> None:
+        def _abandon(self) -> None:
             if self.session is not None:
-                self.session.close()
+                self.session.abandon()
                 self.session = None
 
     return Adapter()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -140,6 +141,15 @@ class Student:
                 "give them separate weights with include= and skip="
             )
         self._claims[fqn] = weakref.ref(callback)
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        """Run a block in which the model is itself: its hooks do nothing (while it is captured, or proven)."""
+        callbacks, self._callbacks = self._callbacks, []
+        try:
+            yield
+        finally:
+            self._callbacks = callbacks
 
     def at_end(self, undo: Callable[[], None]) -> None:
         """Call `undo` when the last callback has left."""

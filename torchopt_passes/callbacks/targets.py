@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import fx, nn
@@ -15,7 +16,34 @@ from torchopt_passes.graph.edit import Skip
 from torchopt_passes.graph.tensors import aliases, check_patterns, find_owner, matching_pattern
 from torchopt_passes.graph.weights import input_dim, matrix_weights
 
-__all__ = ["Target", "choose_targets", "put_masks"]
+__all__ = ["Masked", "Target", "choose_targets", "put_masks"]
+
+
+class Masked(Protocol):
+    """What lies under one mask."""
+
+    @property
+    def fqn(self) -> str:
+        """Name of the parameter that the mask lies beside."""
+        ...
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds it, and the mask."""
+        ...
+
+    @property
+    def mask_name(self) -> str:
+        """Name of the mask buffer in the owner."""
+        ...
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """Names of every parameter that the mask sets entries of to zero."""
+        ...
+
+
+MaskedT = TypeVar("MaskedT", bound=Masked)
 
 
 @dataclass(frozen=True)
@@ -45,24 +73,30 @@ class Target:
         return f"{self.name}_mask"
 
     @property
+    def claims(self) -> tuple[str, ...]:
+        """The weight alone."""
+        return (self.fqn,)
+
+    @property
     def mask(self) -> torch.Tensor:
         """The mask beside the weight: bool, True for what is kept."""
         return self.owner.get_buffer(self.mask_name)
 
 
-def put_masks(student: Student, callback: Lifecycle, masks: Mapping[Target, torch.Tensor]) -> None:
+def put_masks(student: Student, callback: Lifecycle, masks: Mapping[MaskedT, torch.Tensor]) -> None:
     """Put a mask buffer beside each weight, all or none; one left over by a run that ended in an error is replaced.
 
     Args:
         student: the model.
         callback: the one that manages these weights from now on.
-        masks: bool, shape of the weight, True for what is kept.
+        masks: bool, True for what is kept; of the shape of the weight, or one entry for each unit.
 
     Raises:
         CallbackError: another callback manages a weight, or the name is in use for something else.
     """
     for target, mask in masks.items():
-        student.claim(target.fqn, callback)
+        for fqn in target.claims:
+            student.claim(fqn, callback)
         present = getattr(target.owner, target.mask_name, None)
         ours = isinstance(present, torch.Tensor) and present.dtype is torch.bool and present.shape == mask.shape
         if present is not None and not ours:

@@ -52,8 +52,12 @@ class TrainerEvents(Lifecycle):
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Remove. The best model is loaded already if that was asked for; the last weights are the user's to save."""
-        Student.of(model).leave(self)
+        """Finish, remove. The best model is loaded already if asked for; the last weights are the user's to save."""
+        optimizer = kwargs.get("optimizer")
+        try:
+            self.finish(getattr(optimizer, "optimizer", optimizer))
+        finally:
+            Student.of(model).leave(self)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing to do."""

@@ -1,0 +1,134 @@
+"""GradualMasks: what callbacks that remove more and more along a schedule have in common."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from torchopt_passes.callbacks.base import Callback
+from torchopt_passes.callbacks.lifecycle import Progress, When, check_when
+from torchopt_passes.errors import CallbackError, ConfigError
+from torchopt_passes.functional.schedules import Ramp, Shape, named_shape
+from torchopt_passes.graph.edit import Skip
+from torchopt_passes.graph.plan import Plan
+
+__all__ = ["GradualMasks"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class GradualMasks(Callback):
+    """Masks in the student's state_dict that remove a share which follows a schedule.
+
+    A subclass says from which value to which the schedule goes (`_span`), makes the masks for a value (`_choose`),
+    applies them (`_apply`), and counts (`_removed`, `_bounds`).
+
+    Args:
+        start: first update, as a share of training (float) or completed steps (int).
+        end: last update, likewise; what remains is for recovery.
+        every: steps between updates; None spreads 100 updates.
+        schedule: ``"cubic"``, ``"linear"``, ``"cosine"``, ``"constant"``, or a function from progress in [0, 1] to
+            the share of the way in [0, 1].
+    """
+
+    counted: ClassVar[str] = "weights"
+    """What the masks remove."""
+
+    start: When = 0.1
+    end: When = 0.7
+    every: int | None = None
+    schedule: str | Shape = "cubic"
+
+    skips: tuple[Skip, ...] = field(default=(), init=False, repr=False)
+    """What is left alone, with the reason; filled when the callback is installed."""
+    plan: Plan = field(default=Plan(), init=False, repr=False)
+    """What training chose, as a plan that other copies of the model take; filled at the end."""
+    _ramp: Ramp | None = field(default=None, init=False, repr=False)
+    _unverified: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a schedule that is wrong in any training."""
+        check_when(self.start, "start")
+        check_when(self.end, "end")
+        self._shape = named_shape(self.schedule)
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"every must be at least 1 step, not {self.every}")
+
+    @property
+    @abstractmethod
+    def _span(self) -> tuple[float, float]:
+        """The values of the schedule at its first update and from its last one on."""
+
+    @abstractmethod
+    def _choose(self, value: float) -> None:
+        """Set the masks for a value of the schedule."""
+
+    @abstractmethod
+    def _apply(self) -> None:
+        """Set to zero what the masks remove; called without gradients."""
+
+    @abstractmethod
+    def _removed(self) -> int:
+        """Return how much the masks remove now."""
+
+    @abstractmethod
+    def _bounds(self, value: float) -> tuple[int, int]:
+        """Return the least and the most that masks for a value of the schedule remove."""
+
+    def begin(self, progress: Progress) -> None:
+        """Place the schedule on the steps of this run."""
+        start, end = progress.steps(self.start), progress.steps(self.end)
+        if progress.total_steps is not None and end > progress.total_steps:
+            raise CallbackError(f"the last update is at step {end}, but training ends at step {progress.total_steps}")
+        every = self.every or max(1, (end - start) // 100)
+        initial, final = self._span
+        self._ramp = Ramp(initial=initial, final=final, start=start, end=end, every=every, shape=self._shape)
+        self._unverified = True
+        if progress.step == 0 and self._ramp.is_update(0):
+            self._update(self._ramp.at(0))
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """Remove more if an update is due, and zero what is removed so far."""
+        if self._ramp is None:
+            raise CallbackError(f"{type(self).__name__} got a step before training began")
+        if self._unverified:
+            self._verify(self._ramp, progress.step - 1)
+            self._unverified = False
+        if self._ramp.is_update(progress.step):
+            self._update(self._ramp.at(progress.step))
+        self._apply()
+
+    def _tell_if_short(self) -> None:
+        """Warn when less is removed than was asked for."""
+        expected, _ = self._bounds(self._span[1])
+        if self._removed() < expected:
+            logger.warning(
+                "%s ends with %d of %d %s removed: training stopped before the last update, or an earlier checkpoint "
+                "was loaded as the best",
+                type(self).__name__,
+                self._removed(),
+                expected,
+                self.counted,
+            )
+
+    @torch.no_grad()
+    def _update(self, value: float) -> None:
+        self._choose(value)
+        self._apply()
+
+    def _verify(self, ramp: Ramp, step: int) -> None:
+        """Refuse to go on from a checkpoint whose masks were not loaded: what was removed would silently grow back."""
+        least, most = self._bounds(ramp.at(step)) if ramp.last_update(step) is not None else (0, 0)
+        if not least <= self._removed() <= most:
+            expected = f"{least}" if least == most else f"{least} to {most}"
+            raise CallbackError(
+                f"after step {step} the masks should remove {expected} {self.counted}, but remove {self._removed()}: "
+                "load the model's state_dict, masks included, after the callback is installed (attach, or Trainer with "
+                "callbacks=), and resume with the options that the checkpoint was made with"
+            )
