@@ -47,6 +47,8 @@ from .graph.pruning import MaskWeights as MaskWeights
 from .graph.pruning import PruneChannels as PruneChannels
 from .graph.pruning import PruneWeights as PruneWeights
 from .graph.pruning import RemoveIndices as RemoveIndices
+from .graph.pruning import ResizeAttribute as ResizeAttribute
+from .graph.pruning.pruned_files import load_pruned as load_pruned
 from .graph.removal_proof import verify_removal as verify_removal
 from .graph.quantization import Calibrate as Calibrate
 from .graph.quantization import ConvertQuantized as ConvertQuantized

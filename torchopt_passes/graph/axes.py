@@ -241,14 +241,18 @@ def _apply(call: Call, rule: Rule | None) -> Any:
         source: Any = axes.values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None  # pyright: ignore
         place: Any = node.args[1] if isinstance(source, list) else None
         return source[place] if isinstance(source, list) else None
-    if next(_tensors_in(axes.sizes[node]), None) is None and not call.tensors:
-        return None
+    numbers = next(_tensors_in(axes.sizes[node]), None) is None
+    if numbers and (rule is None or not call.tensors):
+        known = not call.tensors or node.target is torch.ops.aten.sym_stride.int
+        return None if known else _unknown(call, "a number that depends on data")
     if rule is None:
         return _unknown(call, "no rule describes this operation")
     try:
         result = rule(call)
     except Exception as error:  # a rule that meets what it was not made for: not knowing is locking
         return _unknown(call, f"its rule failed ({type(error).__name__}: {error})")
+    if numbers:
+        return None
     expected = [tuple(t.shape) for t in _tensors_in(axes.sizes[node])]
     given = [tuple(len(ids) for ids in value) for value in (result if isinstance(result, list) else [result])]
     return result if given == expected else _unknown(call, f"its rule gave {given} for {expected}")

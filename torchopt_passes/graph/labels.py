@@ -148,7 +148,7 @@ class Labels:
                 return
             a, b = _packed(self.factors(pairs[:, 0])), _packed(self.factors(pairs[:, 1]))
             counts = np.stack([(a > 0).sum(1), (b > 0).sum(1)], 1)
-            # one round: every case is handled for the pairs as they are now, then all is looked at again
+            # one case a round: what it changes, the others must see
             pairs = pairs[self._unify_round(pairs, a, b, counts, reason)]
 
     def split(self, ids: Ids, reason: str) -> list[Ids]:
@@ -190,25 +190,25 @@ class Labels:
         return outer, inner
 
     def _unify_round(self, pairs: Ids, a: Ids, b: Ids, counts: Ids, reason: str) -> npt.NDArray[np.bool_]:
-        """Handle pairs once; return which of them must be looked at again."""
-        again = np.zeros(len(pairs), bool)
+        """Handle the pairs of one case; return which pairs must be looked at again."""
         fixed = (counts == 0).any(1)
-        for side in (a, b):
-            self.lock(side[fixed], reason)
+        if fixed.any():
+            for side in (a, b):
+                self.lock(side[fixed], reason)
+            return ~fixed
         single = (counts == 1).all(1)
         if single.any():
             self._union(a[single, 0], b[single, 0])
-            again |= single & (a[:, 0] != b[:, 0])
-        for mine, other, own in ((a, b, counts[:, 0]), (b, a, counts[:, 1])):
-            rows = np.flatnonzero((own == 1) & (counts.min(1) == 1) & (counts.max(1) > 1))
-            if len(rows):
-                targets = pairs[rows, 1 if mine is a else 0]
-                again[rows] = self._define(mine[rows, 0], other[rows], targets, reason)
-        several = counts.min(1) > 1
-        for size in np.unique(counts[several], axis=0):
-            rows = np.flatnonzero((counts == size).all(1))
-            self._match(a[rows, : size[0]], b[rows, : size[1]], reason)
-        return again
+            return ~single | (a[:, 0] != b[:, 0])
+        for mine, other, own, place in ((a, b, counts[:, 0], 1), (b, a, counts[:, 1], 0)):
+            defined = own == 1
+            if defined.any():
+                again = np.ones(len(pairs), bool)
+                again[defined] = self._define(mine[defined, 0], other[defined], pairs[defined, place], reason)
+                return again
+        alike = (counts == counts[0]).all(1)
+        self._match(a[alike, : counts[0, 0]], b[alike, : counts[0, 1]], reason)
+        return ~alike
 
     def _union(self, a: Ids, b: Ids) -> None:
         low, high = np.minimum(a, b), np.maximum(a, b)
@@ -218,10 +218,10 @@ class Labels:
     def _define(self, atoms: Ids, factors: Ids, composites: Ids, reason: str) -> npt.NDArray[np.bool_]:
         """Make atoms composite; one that is part of its own definition keeps the others from leaving."""
         inside = (factors == atoms[:, None]).any(1)
-        others = np.where(factors == atoms[:, None], 0, factors)
-        self.lock(others[inside], reason)
-        free = np.flatnonzero(~inside)
-        free = free[np.unique(atoms[free], return_index=True)[1]]
+        if inside.any():
+            self.lock(np.where(factors == atoms[:, None], 0, factors)[inside], reason)
+            return ~inside  # what is locked now may be among the others
+        free = np.unique(atoms, return_index=True)[1]
         for column in factors[free].T:  # what was known of the atom is now known of what it stands for
             np.bitwise_or.at(self._marks, column, self._marks[atoms[free]] & (HEADS | DIM))
         if np.isin(atoms[free], factors[free]).any():  # a definition may use what is defined here: one at a time
@@ -230,7 +230,7 @@ class Labels:
                     self._parent[atoms[row]] = self.find(composites[row : row + 1])[0]
         else:
             self._parent[atoms[free]] = composites[free]
-        return ~inside
+        return np.ones(len(atoms), bool)
 
     def _match(self, a: Ids, b: Ids, reason: str) -> None:
         """Unify composites factor by factor; what has no counterpart of the same fineness is locked."""

@@ -47,6 +47,22 @@ def _prelu(call: Call) -> AxisLabels:
     return x
 
 
+def _glu(call: Call) -> AxisLabels:
+    """The first half of an axis, gated by the second."""
+    labels = call.of(call.tensors[0])
+    dim = int(call.number("dim")) % len(labels)
+    half = len(labels[dim]) // 2
+    call.unify(labels[dim][:half], labels[dim][half:])
+    return tuple(ids[:half] if axis == dim else ids for axis, ids in enumerate(labels))
+
+
+def _size(call: Call) -> None:
+    """A size that is read while the model runs is no constant that could be made to fit."""
+    labels = call.of(call.tensors[0])
+    dim = call.number("dim")
+    call.lock(labels if dim is None else labels[int(dim)], "reads the size of the axis")
+
+
 _SAME = (
     *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "contiguous", "clone", "detach"),
     *("alias", "lift_fresh_copy", "lift_fresh", "lift", "full_like", "zeros_like", "ones_like", "rand_like"),
@@ -64,5 +80,7 @@ ELEMENTWISE: dict[str, Rule] = {
     "copy": _into_first,
     "_assert_tensor_metadata": _nothing,
     "prelu": _prelu,
+    "glu": _glu,
+    **dict.fromkeys(("sym_size", "sym_numel"), _size),
     "_prelu_kernel": elementwise,
 }
