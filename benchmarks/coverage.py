@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--tool", choices=[*TOOLS, "both"], default="both")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once")
     parser.add_argument("--resume", action="store_true", help="leave out the rows that have an outcome")
+    parser.add_argument("--again", metavar="OUTCOME", help="only the rows of the record that have this outcome")
     parser.add_argument("--docs", action="store_true", help="write docs/coverage.md of the record and stop")
     options = parser.parse_args()
     if options.docs:
@@ -67,11 +68,14 @@ def main() -> None:
     suites = list(SUITES) if options.suite == "all" else [options.suite]
     tools = list(TOOLS) if options.tool == "both" else [options.tool]
     done = {(r["suite"], r["model"], r["tool"]) for r in read() if r["outcome"]} if options.resume else set()
+    again = {(r["suite"], r["model"], r["tool"]) for r in read() if r["outcome"] == options.again}
     write_environment()
     for suite in suites:
         wanted = [case for case in cases(suite) if fnmatch.fnmatch(case.name, options.only)]
         rows = [(case, tool) for case in wanted for tool in tools]
         rows = [(case, tool) for case, tool in rows if (case.suite, case.name, TOOLS[tool]) not in done]
+        if options.again:
+            rows = [(case, tool) for case, tool in rows if (case.suite, case.name, TOOLS[tool]) in again]
         # the peer sees a model once: what is refused here is another configuration of a model in the list
         run_all([(case, tool) for case, tool in rows if tool == "ours" or not case.refused], options.jobs)
 

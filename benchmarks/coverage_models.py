@@ -49,7 +49,29 @@ class Case:
         model = self.make()
         if getattr(getattr(model, "config", None), "use_cache", False):
             model.config.use_cache = False
-        return randomise(model).eval()
+        return self._settle(randomise(model).eval())
+
+    def _settle(self, model: nn.Module) -> nn.Module:
+        """Scale the running statistics of each batch norm to what comes in, so that no signal explodes or dies."""
+
+        def scale(module: nn.Module, args: tuple[Any, ...]) -> None:
+            handles.pop(module).remove()  # a module that is called twice is scaled once
+            variance = args[0].var().clamp(min=1e-6)
+            module.running_var.mul_(variance)
+            module.running_mean.mul_(variance.sqrt())
+
+        handles = {
+            module: module.register_forward_pre_hook(scale)
+            for module in model.modules()
+            if isinstance(getattr(module, "running_var", None), torch.Tensor)
+        }
+        if handles:
+            args, kwargs = self.inputs(BATCH)
+            with torch.no_grad():
+                model(*args, **kwargs)
+            for handle in handles.values():
+                handle.remove()
+        return model
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -31,7 +31,8 @@ magnitude with nothing said of the model but the size of its inputs, checked, an
 smallest that an architecture takes, the Transformers models have tiny configurations (`tests/hf_models.py`), batch
 size 2, CPU, one thread. Of each family of timm the model with the fewest parameters was taken
 (`benchmarks/coverage_timm.py`). Initial values that would hide mistakes are replaced: biases, norms, layer scales and
-running statistics are random, and matrices are at least one over the root of their inputs.
+running statistics are random (these on the scale of what the layer sees, so that the signal neither explodes nor dies),
+and matrices are at least one over the root of their inputs.
 
 - **torchopt_passes**: `PruneChannels(ratio=0.5)` on the captured graph. `proof` is the error of its own proof.
 - **torch-pruning**: `MagnitudePruner` with `GroupMagnitudeImportance`, `pruning_ratio=0.5`. Its `ignored_layers` are
