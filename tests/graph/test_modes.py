@@ -208,3 +208,11 @@ def test_a_submodule_the_user_froze_starts_frozen() -> None:
     evaluate(graph, ((x,), {}))
     assert torch.equal(graph(x), source(x)), "a proof leaves it so"
     assert torch.equal(graph.train()(x), source.train()(x)), "train() thaws it, as on the source"
+
+
+def test_a_bound_forward_follows_the_mode() -> None:
+    graph = capture(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), (torch.ones(3, 4),))
+    bound = graph.train().forward  # what Accelerate keeps under mixed precision
+    graph.eval()
+    x = torch.ones(5, 4)
+    assert torch.equal(bound(x), graph(x)) and torch.equal(bound(x), bound(x))

@@ -34,6 +34,9 @@ class CapturedModule(fx.GraphModule):
     (input name -> dims that stayed dynamic), ``"signature"`` (`CallSignature`) and ``"guards"`` (conditions on sizes).
     """
 
+    compiled_forward: Any
+    """What the current mode runs; each captured module is of a class of its own, as every ``fx.GraphModule`` is."""
+
     def recompile(self) -> Any:
         """Compile what the current mode runs; call it after editing ``graph``."""
         graph = self._graph
@@ -44,7 +47,8 @@ class CapturedModule(fx.GraphModule):
             self._graph = graph
         signature: CallSignature | None = getattr(self, "meta", {}).get("signature")
         if signature is not None:
-            type(self).forward = _as_source(type(self).forward, signature)
+            type(self).compiled_forward = type(self).forward
+            type(self).forward = _as_source(signature)
         return code
 
     def train(self, mode: bool = True) -> CapturedModule:
@@ -143,8 +147,11 @@ def build_captured(root: nn.Module, graph: fx.Graph, name: str, meta: dict[str, 
     return module
 
 
-def _as_source(compiled: Any, signature: CallSignature) -> Any:
-    """Return a forward that is called as the source's forward, and refuses what the graph was not captured for."""
+def _as_source(signature: CallSignature) -> Any:
+    """Return a forward that is called as the source's forward, and refuses what the graph was not captured for.
+
+    The compiled code is looked up in every call: Accelerate keeps a bound ``forward``, which must follow the mode.
+    """
 
     def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = signature.bind(args, kwargs)
@@ -156,7 +163,7 @@ def _as_source(compiled: Any, signature: CallSignature) -> Any:
                     f"{signature.name} was captured for other sizes: {broken}; sizes that stayed open are "
                     f"{self.meta['dynamic_dims']}. Capture it with an example of this size, or with dynamic='all'"
                 )
-        return compiled(self, *args, *kwargs.values())
+        return type(self).compiled_forward(self, *args, *kwargs.values())
 
     forward.__signature__ = signature.python()  # pyright: ignore[reportFunctionMemberAccess]
     return forward
