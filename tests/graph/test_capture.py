@@ -92,3 +92,17 @@ def test_refused_with_line_and_way_out(name: str) -> None:
         capture(model, *spec.case(2))
     assert "modeling_" in str(caught.value), "the line is not named"
     assert model.training == spec.build().training
+
+
+def test_a_part_under_autocast_is_refused_with_a_way_out() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return self.fc(nn.functional.dropout(x, 0.5, self.training))
+
+    with pytest.raises(CaptureError, match=r"under torch.autocast or torch.no_grad .*capture a submodule"):
+        capture(Cast(), (torch.ones(3, 4),))

@@ -92,10 +92,13 @@ class _Merge:
         """Take over a parameter or a constant that only eval mode reads."""
         value = _attribute(self.evaluation, str(node.target))
         name = str(node.target)
-        if not _has(self.module, name):
-            if not isinstance(value, torch.Tensor):
-                raise CaptureError(f"eval mode reads {name}, a {type(value).__name__}, which train mode does not")
-        elif not _same_value(self.module, self.evaluation, name):
+        if not isinstance(value, torch.Tensor):
+            raise CaptureError(
+                f"the model runs a part of its own under torch.autocast or torch.no_grad ({name}, a "
+                f"{type(value).__name__}), which one graph cannot hold for both modes: take that context out of the "
+                "forward, or capture a submodule without it"
+            )
+        if _has(self.module, name) and not _same_value(self.module, self.evaluation, name):
             name = f"_eval_{name.replace('.', '_')}"
         if not _has(self.module, name):
             _register(self.module, name, value)
