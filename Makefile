@@ -1,10 +1,12 @@
 # make demo    the main job, end to end (under 5 minutes on 2 cores)
 # make test    format, lint and types (make check), then the test suite; `make test TORCH=2.14.1` runs it on the newest torch, TORCH=2.13.0 (the default) on the oldest
+#              (on every core; ARGS='-k name' instead picks tests)
 # make check   formatting, lint and types, as pre-commit and CI run them
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv$(if $(filter-out 2.13.0,$(TORCH)),-$(TORCH))
 PIP_FLAGS ?=
+ARGS ?= -n auto
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
