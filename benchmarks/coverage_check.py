@@ -3,7 +3,8 @@
 `masked_outputs` runs the original model in float64 with every removed slice of every parameter zeroed. Zeroing is the
 same as removing except where a statistic spans the removed channels; there the statistic is taken over the channels
 that stay: in `layer_norm`, `rms_norm` and `group_norm`, in a mean or variance that a module with removed parameters
-computes by hand (the RMS norms of Transformers, the GRN of ConvNeXt-V2), and in weight standardisation.
+computes by hand (the RMS norms of Transformers, the GRN of ConvNeXt-V2), and in weight standardisation. `wide` adds
+statistics over channels in other modules (spatial attention) and the scale of attention that states none.
 `plain_outputs` runs the pruned model in float64, and `distance` compares the two.
 """
 
@@ -27,7 +28,8 @@ Removed = dict[str, dict[int, Sequence[int]]]
 
 _REDUCED = {torch.float32, torch.float16, torch.bfloat16}
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
-_MEANS = {Tensor.mean, torch.mean, Tensor.var, torch.var, torch.var_mean, Tensor.std, torch.std}
+_STATISTICS = {Tensor.mean, torch.mean, Tensor.var, torch.var, torch.var_mean, Tensor.std, torch.std}
+_STATISTICS |= {Tensor.amax, torch.amax, Tensor.amin, torch.amin, Tensor.max, torch.max, Tensor.min, torch.min}
 
 
 class Double(TorchFunctionMode):
@@ -48,19 +50,20 @@ class KeptStatistics(Double):
 
     Args:
         removed: the parameters and buffers (objects) that were cut, each with a 0/1 tensor of its shape: 1 stays.
-        kept_scale: attention without an explicit scale divides by the root of the features that stay, not of all.
+        wide: two more are taken over what stays, where what is zero everywhere counts as removed: the scale of
+            attention that states none, and statistics over one axis in modules that own no removed parameter.
     """
 
-    def __init__(self, removed: dict[int, Tensor], *, kept_scale: bool) -> None:
+    def __init__(self, removed: dict[int, Tensor], *, wide: bool) -> None:
         super().__init__()
-        self.removed, self.kept_scale = removed, kept_scale
+        self.removed, self.wide = removed, wide
         self.owners: list[nn.Module] = []
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if special := _SPECIAL.get(func):
             return special(self, *args, **kwargs)
-        if func in _MEANS and self.owners:
-            return self.mean(func, args, kwargs)
+        if func in _STATISTICS:
+            return self.statistic(func, args, kwargs)
         return func(*args, **kwargs)
 
     def kept(self, weight: Tensor | None, shape: Sequence[int], slices: Tensor) -> Tensor:
@@ -122,21 +125,27 @@ class KeptStatistics(Double):
         out = out if weight is None else out * weight.view(1, -1, 1)
         return (out if bias is None else out + bias.view(1, -1, 1)) * mask
 
-    def mean(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A mean or variance over one channel axis, in a module that owns removed parameters of that size."""
+    def statistic(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A mean, variance or extreme over one axis: of a module's removed parameters' size, or (wide) with zeros."""
         x, *rest = args
         dim = kwargs.get("dim", rest[0] if rest else None)
         axis = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-        if isinstance(axis, int) and not isinstance(axis, bool):
-            for parameter in self.owned():
-                kept = self.removed[id(parameter)]
-                sizes = [size for size in parameter.shape if size > 1]
-                if len(sizes) == 1 and x.shape[axis] == kept.numel():
-                    return func(x.index_select(axis, kept.flatten().nonzero().flatten()), *rest, **kwargs)
+        if isinstance(axis, int) and not isinstance(axis, bool) and x.is_floating_point():
+            kept = self.kept_along(x, axis)
+            if kept is not None:
+                return func(x.index_select(axis, kept.nonzero().flatten()), *rest, **kwargs)
         return func(*args, **kwargs)
 
+    def kept_along(self, x: Tensor, axis: int) -> Tensor | None:
+        for parameter in self.owned():
+            kept = self.removed[id(parameter)]
+            if x.shape[axis] == kept.numel() == max(kept.shape):
+                return kept.flatten()
+        slices = x.abs().transpose(0, axis).flatten(1).amax(1) if self.wide and x.numel() and x.dim() > 1 else None
+        return None if slices is None or not bool((slices == 0).any()) or not bool((slices != 0).any()) else slices
+
     def attention(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.kept_scale and kwargs.get("scale") is None:
+        if self.wide and kwargs.get("scale") is None:
             features = (query.abs().flatten(0, -2).amax(0) > 0) | (key.abs().flatten(0, -2).amax(0) > 0)
             kwargs["scale"] = 1 / math.sqrt(max(1, int(features.sum())))
         return functional.scaled_dot_product_attention(query, key, *args, **kwargs)
@@ -171,12 +180,10 @@ def zero_removed(model: nn.Module, removed: Removed) -> dict[int, Tensor]:
     return kept
 
 
-def masked_outputs(
-    model: nn.Module, removed: Removed, args: Any, kwargs: Any, *, kept_scale: bool = False
-) -> list[Tensor]:
+def masked_outputs(model: nn.Module, removed: Removed, args: Any, kwargs: Any, *, wide: bool = False) -> list[Tensor]:
     """Run the original (it is changed: float64, zeroed) as if what was removed were not there."""
     with _in_double(model):
-        mode = KeptStatistics(zero_removed(model, removed), kept_scale=kept_scale)
+        mode = KeptStatistics(zero_removed(model, removed), wide=wide)
         handles = [handle for module in model.modules() for handle in _follow(module, mode)]
         try:
             with torch.no_grad(), mode:

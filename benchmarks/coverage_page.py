@@ -41,9 +41,10 @@ and matrices are at least one over the root of their inputs.
 
 The **check** is the same for both and knows neither tool: the original model, in float64, with every removed slice of
 every parameter set to zero, and with the statistics of norms over the channels that stay, against the pruned model in
-float64, relative to the largest output. Where attention scales by the root of the number of features, either number
-of features is accepted. `effect` says how much the removal changes the outputs at all. What was removed is read from
-the plan, or from the slices that torch-pruning takes.
+float64, relative to the largest output. Where attention scales by the root of the number of features, and where a
+statistic over channels stands outside of a norm (spatial attention), both ways are accepted. `effect` says how much
+the removal changes the outputs at all. What was removed is read from the plan, or from the slices that torch-pruning
+takes.
 
 `trains`: one SGD step in train mode has a finite loss, and every parameter that has a gradient in the original has one
 of its shape. Seconds are CPU seconds of one thread; `prune` is graph analysis, importance, choice and removal, without

@@ -61,7 +61,7 @@ def check(row: Row, case: Case, pruned: nn.Module, removed: Removed) -> None:
     """Compare the pruned model with the original masked; write outcome and numbers into the row.
 
     The original is built anew from the seed, so nothing that the tool did to a model is trusted. Where the plain check
-    fails, attention without an explicit scale may also divide by the root of the features that stay.
+    fails, the wide one of `KeptStatistics` may pass.
     """
     args, kwargs = case.inputs(BATCH)
     try:
@@ -76,10 +76,10 @@ def check(row: Row, case: Case, pruned: nn.Module, removed: Removed) -> None:
         expected = masked_outputs(case.build(), removed, args, kwargs)
         found, how = distance(actual, expected), "masked"
         if found is not None and found > TOLERANCE:
-            again = masked_outputs(case.build(), removed, args, kwargs, kept_scale=True)
+            again = masked_outputs(case.build(), removed, args, kwargs, wide=True)
             second = distance(actual, again)
             if second is not None and second <= TOLERANCE:
-                found, expected, how = second, again, "masked, attention scaled by the features that stay"
+                found, expected, how = second, again, "masked, statistics wide"
     except Exception as error:
         row |= {"check": "not done", "note": words(error, "masking the original")}
         return

@@ -96,7 +96,28 @@ def test_attention_may_be_scaled_by_the_features_that_stay():
     inputs = (torch.randn(2, 4, 8),)
     actual = plain_outputs(pruned, inputs, {})
     assert distance(actual, masked_outputs(copy.deepcopy(model), removed, inputs, {})) > 1e-4
-    masked = masked_outputs(copy.deepcopy(model), removed, inputs, {}, kept_scale=True)
+    masked = masked_outputs(copy.deepcopy(model), removed, inputs, {}, wide=True)
+    assert distance(actual, masked) == pytest.approx(0, abs=1e-12)
+
+
+def test_statistics_outside_of_a_norm_may_be_over_the_channels_that_stay():
+    class Spatial(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, channels, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
+
+    torch.manual_seed(0)
+    model, pruned = Spatial(8), Spatial(6)
+    pruned.load_state_dict({name: tensor[:6] for name, tensor in model.state_dict().items()})
+    removed: Removed = {name: {0: [6, 7]} for name in model.state_dict()}
+    inputs = (torch.randn(2, 3, 4, 4),)
+    actual = plain_outputs(pruned, inputs, {})
+    assert distance(actual, masked_outputs(copy.deepcopy(model), removed, inputs, {})) > 1e-4
+    masked = masked_outputs(copy.deepcopy(model), removed, inputs, {}, wide=True)
     assert distance(actual, masked) == pytest.approx(0, abs=1e-12)
 
 
