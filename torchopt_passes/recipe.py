@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -192,14 +193,20 @@ def _check_types(kind: type[Callback], options: dict[str, Any]) -> None:
     """Check options against their annotations, strictly: ``"1"`` is no ``int``."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    hints = get_type_hints(kind.__init__)
     for name, value in options.items():
         config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
         try:
-            TypeAdapter[Any](hints[name], config=config).validate_python(value)
+            TypeAdapter[Any](_hint(kind, name), config=config).validate_python(value)
         except ValidationError as error:
             messages = ", or ".join(dict.fromkeys(item["msg"] for item in error.errors(include_url=False)))
             raise ConfigError(f"{kind.__name__}: {name}: {messages} (got {value!r})") from error
+
+
+def _hint(kind: type[Callback], option: str) -> Any:
+    """Return the annotation of an option, in the words of the file whose class declares it."""
+    owner = next(base for base in kind.__mro__ if option in inspect.get_annotations(base))
+    alone = type(owner.__name__, (), {"__annotations__": {option: owner.__annotations__[option]}})
+    return get_type_hints(alone, vars(sys.modules[owner.__module__]))[option]
 
 
 def _make_callback(name: str, options: dict[str, Any], live: dict[str, Any]) -> Callback:

@@ -212,7 +212,8 @@ def _pieces(f: _Fitting) -> None:
 
 def _slice(f: _Fitting) -> None:
     mask = f.kept(f.input()[int(f.get("dim") or 0)])
-    for name in ("start", "end"):
+    strided = int(f.get("step") or 1) != 1  # then whole blocks leave, and a start within the first stays what it is
+    for name in () if strided else ("start", "end"):
         if f.get(name) is not None:
             f.set(name, f.count(f.get(name), mask))
 

@@ -21,7 +21,7 @@ def _moved(call: Call) -> Any:
     (source, *_) = call.tensors
     labels, shape = call.of(source), call.shape(source)
     if int(call.number("step") or 1) != 1:
-        call.lock(labels[int(call.number("dim"))], "takes every so many index of the axis")
+        _strided(call, labels[int(call.number("dim"))])
     sizes = call.axes.sizes[call.node]
     outputs = list(sizes) if isinstance(sizes, list | tuple) else [sizes]
     parts: list[list[list[Ids]]] = [[[np.zeros(int(n), np.int64)] for n in out.shape] for out in outputs]
@@ -37,6 +37,16 @@ def _moved(call: Call) -> Any:
                 call.lock(ids, "takes a single index of the axis")
     result = [tuple(np.zeros(1, np.int64) if len(ids) == 1 else ids for ids in value) for value in result]
     return result if isinstance(sizes, list | tuple) else result[0]
+
+
+def _strided(call: Call, ids: Ids) -> None:
+    """Every so many index is taken (interleaved rotary): blocks of as many leave, or none of them."""
+    step, start, end = (int(call.number(name) or 0) for name in ("step", "start", "end"))
+    whole = len(ids) % step == 0 and 0 <= start < step and (call.number("end") is None or end >= len(ids))
+    if whole and ids.any():
+        call.lock(call.split(ids, len(ids) // step, step)[1], "takes every so many index of the axis")
+    else:
+        call.lock(ids, "takes every so many index of a part of the axis")
 
 
 def _run(call: Call, source: fx.Node, table: torch.Tensor) -> list[Ids]:
