@@ -54,7 +54,6 @@ class Ours:
 
     importance: str
     scope: Scope
-    steps: int = 1
     head_features: bool = False
     distillation: tuple[float, float] | None = None
 
@@ -86,10 +85,9 @@ PEER: dict[str, dict[str, list[Peer]]] = {
         for kind in ("group_norm", "taylor")
     },
 }
-SCOPES: tuple[Scope, ...] = ("global", "isomorphic", "group")
-SIMPLE = [Ours(importance=kind, scope=scope) for kind in ("l2", "taylor") for scope in SCOPES]
-OURS = {  # not more than torch-pruning has
-    "resnet20": [*SIMPLE, Ours(importance="taylor", scope="isomorphic", steps=8)],
+SIMPLE = [Ours(importance=kind, scope=scope) for kind in ("l2", "taylor") for scope in ("global", "isomorphic")]
+OURS = {  # fewer than torch-pruning has
+    "resnet20": SIMPLE,
     "vit": [*SIMPLE, *(Ours(importance=kind, scope="isomorphic", head_features=True) for kind in ("l2", "taylor"))],
 }
 DISTILLATIONS = [(0.5, 2.0), (0.9, 4.0)]
@@ -107,7 +105,6 @@ def prune_ours(
             macs=share,
             importance=options.importance,
             scope=options.scope,
-            steps=options.steps,
             kinds=("channels", "head_dim" if options.head_features else "heads", "blocks"),
         )
         prune(graph, top.PassContext(calibration=list(calibration)))
@@ -216,9 +213,15 @@ def plain(options: Options) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(options)))
 
 
+def tool(name: str) -> str:
+    if name not in ("peer", "ours"):
+        raise argparse.ArgumentTypeError("peer or ours")
+    return name
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tools", nargs="*", choices=["peer", "ours"], help="whose cells to fill")
+    parser.add_argument("tools", nargs="*", type=tool, help="whose cells to fill: peer, ours")
     parser.add_argument("--models", nargs="+", choices=list(TRAINING), default=list(TRAINING))
     parser.add_argument("--docs", action="store_true", help="write the page and the plot")
     parser.add_argument("--data", type=Path, default=quality_training.DATA)
@@ -229,9 +232,9 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if arguments.tools:
         benchmark = Benchmark(arguments.record, arguments.cache, arguments.data)
-        for tool in arguments.tools:
+        for which in arguments.tools:
             for model in arguments.models:
-                if tool == "peer":
+                if which == "peer":
                     methods = {name: benchmark.choose(model, name, several) for name, several in PEER[model].items()}
                 else:
                     best = benchmark.choose(model, "ours", OURS[model])

@@ -40,8 +40,6 @@ def describe(options: dict[str, Any]) -> str:
         parts.append(f"scores normalized by their {options['normalizer']}")
     parts += ["residual stream untouched"] if options.get("inner") else []
     parts += [name.replace("_", " ") for name in ("sparsity_learning",) if options.get(name)]
-    if options.get("steps", 1) > 1:
-        parts.append(f"{options['steps']} rounds")
     if options.get("head_features"):
         parts.append("features of heads, not whole heads")
     if options.get("distillation"):

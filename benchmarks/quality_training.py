@@ -62,7 +62,7 @@ class Budget:
 
 TRAINING = {
     "resnet20": Budget("sgd", rate=0.1, epochs=5, shift=2, bfloat16=True, cycles=2),
-    "vit": Budget("adamw", rate=3e-3, epochs=5, shift=0, bfloat16=False),
+    "vit": Budget("adamw", rate=3e-3, epochs=4, shift=0, bfloat16=False),
 }
 FINE_TUNING = {
     "resnet20": Budget("sgd", rate=0.05, epochs=1, shift=2, bfloat16=True),
