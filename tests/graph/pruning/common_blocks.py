@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from tests.graph.pruning.blocks import Apply, Block, Shape, channels, dim_of, moved
-from tests.graph.pruning.norms import Spanning
+from tests.graph.pruning.norms import Keeping, Spanning
 
 __all__ = ["FUNCTIONS", "Activation", "ChannelOrder", "Dropout", "LayerScale", "Reshape", "Span"]
 
@@ -135,7 +135,11 @@ class Reshape(Block):
 
     def make(self, shape: Shape) -> nn.Module | None:
         blocks = gcd(self.blocks, channels(shape))
-        return None if blocks in (1, channels(shape)) else _Reshape(self.form, dim_of(shape), blocks, shape)
+        if blocks in (1, channels(shape)):
+            return None
+        if self.form in ("max_blocks", "mean_blocks"):
+            return _OverBlocks(self.form, dim_of(shape), blocks, len(shape))
+        return _Reshape(self.form, dim_of(shape), blocks, shape)
 
 
 class _Reshape(nn.Module):
@@ -149,12 +153,23 @@ class _Reshape(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dim = self.dim
         y = x.unflatten(dim, (self.blocks, -1))
-        if self.form == "shuffle":
-            y = y.transpose(dim, dim + 1)
-        elif self.form == "max_blocks":
-            return y.amax(dim)
-        elif self.form == "mean_blocks":
-            return y.mean(dim)
-        else:
-            y = y * self.gamma
+        y = y.transpose(dim, dim + 1) if self.form == "shuffle" else y * self.gamma
         return y.reshape(x.shape)
+
+
+class _OverBlocks(Keeping):
+    """The greatest of, or the mean over, blocks of the channels, each with a weight (it tells which blocks left)."""
+
+    def __init__(self, form: str, dim: int, blocks: int, rank: int) -> None:
+        super().__init__()
+        self.form, self.dim, self.blocks = form, dim, blocks
+        self.weight = nn.Parameter(torch.ones((blocks, 1) + ((1, 1) if rank == 3 else ())))
+
+    def axis(self) -> tuple[torch.Tensor, int]:
+        return self.weight, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.unflatten(self.dim, (self.blocks, -1)) * self.weight
+        if self.kept is not None:
+            y = y.index_select(self.dim, self.kept)
+        return y.amax(self.dim) if self.form == "max_blocks" else y.mean(self.dim)

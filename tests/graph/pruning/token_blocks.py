@@ -109,6 +109,13 @@ class _Transposed(nn.Module):
         return self.inner(x.transpose(1, 2)).transpose(1, 2)
 
 
+class _Mixed(_Transposed):
+    """The residual keeps the tokens: some of them alone would change what is pooled over tokens later."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
 @dataclass(frozen=True)
 class TimeConv(Block):
     """A convolution over time; depthwise or not."""
@@ -125,7 +132,7 @@ class TimeConv(Block):
 
 @dataclass(frozen=True)
 class TimeShift(Block):
-    """Tokens reversed, rolled, or mixed by a matrix of parameters (MLP-Mixer)."""
+    """Tokens reversed, rolled, or mixed by two matrices of parameters beside a residual (MLP-Mixer)."""
 
     form: Literal["flip", "roll", "mix"] = "flip"
 
@@ -133,7 +140,8 @@ class TimeShift(Block):
         if len(shape) != 2:
             return None
         if self.form == "mix":
-            return _Transposed(nn.Linear(shape[0], shape[0]))
+            hidden = 2 * shape[0]
+            return _Mixed(nn.Sequential(nn.Linear(shape[0], hidden), nn.GELU(), nn.Linear(hidden, shape[0])))
         return Apply(self.form, (lambda x: x.flip(1)) if self.form == "flip" else (lambda x: x.roll(1, 1)))
 
 

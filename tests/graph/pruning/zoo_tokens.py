@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from tests.graph.pruning.branches import Residual, Twice
 from tests.graph.pruning.bridges import Pooled
 from tests.graph.pruning.common_blocks import Activation
 from tests.graph.pruning.mixtures import Mixture, Recurrent
+from tests.graph.pruning.norms import LayerNorm
 from tests.graph.pruning.parameter_blocks import DIRECT, Direct, TiedLinears
 from tests.graph.pruning.random_networks import Classifier, Ids, Sequence
 from tests.graph.pruning.token_blocks import MLP, ClassToken, Linear, Positions, TimeConv, TokenNorm
@@ -90,6 +94,46 @@ class Gather(nn.Module):
         return self.last(y.gather(-1, self.index.expand(y.shape[0], y.shape[1], 8)))
 
 
+class Between(nn.Module):
+    """A function of tokens between two linears; `module` is what the function may call."""
+
+    def __init__(self, function: Callable[[nn.Module, torch.Tensor], torch.Tensor], module: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.function, self.module = function, module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.function(self.module, self.first(x)))
+
+
+def merged(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Batch norm over tokens (LeViT)."""
+    return norm(x.flatten(0, 1)).reshape_as(x)
+
+
+def prefixed(scale: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """No prefix tokens beside those that are scaled (timm's rotary attention without a class token)."""
+    return torch.cat([x[:, :0], scale(x[:, 0:])], 1)
+
+
+def windowed(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Overlapping windows over tokens (halo attention)."""
+    return x.unfold(1, 2, 1).sum(-1)
+
+
+def positions(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A grouped convolution under weight norm over time (wav2vec 2.0)."""
+    return x + conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+def within(
+    function: Callable[[nn.Module, torch.Tensor], torch.Tensor], module: Callable[[], nn.Module], *cuts: str
+) -> Case:
+    """Make a case of a function between two linears: the 8 features of the first go through it."""
+    stream = any_kind(8, "first.weight:0*1", *cuts, "last.weight:1*1")
+    return Case(lambda: Between(function, module()), generated(5, 4), (stream,))
+
+
 def ids(batch: int) -> tuple[torch.Tensor]:
     return (torch.randint(0, 7, (batch, 5), generator=torch.Generator().manual_seed(batch)),)
 
@@ -144,6 +188,14 @@ TOKENS: dict[str, Case] = {
     "embedding_bag_mean": Case(lambda: Bag("mean"), ids, BAG),
     "embedding_bag_sum": Case(lambda: Bag("sum"), ids, BAG),
     "gather": Case(Gather, generated(5, 4)),
+    "reshape_as": within(merged, lambda: nn.BatchNorm1d(8), "module.weight:0*1"),
+    "empty_prefix": within(prefixed, lambda: LayerNorm(8), "module.weight:0*1"),
+    "unfold": within(windowed, nn.Identity),
+    "weight_norm": Case(
+        lambda: Between(positions, weight_norm(nn.Conv1d(8, 8, 3, padding=1, groups=2), dim=2)),
+        generated(5, 4),
+        (any_kind(4, "first.weight:0*2", "module.bias:0*2", "last.weight:1*2"),),
+    ),
     "lstm": recurrent("lstm", 4),
     "lstm_two_layers_both_ways": recurrent("lstm", 4, layers=2, bidirectional=True),
     "gru": recurrent("gru", 3),

@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from torchopt_passes.graph.axes import AxisLabels, Call, Rule
+from torchopt_passes.graph.axes import AxisLabels, Call, Rule, base_name
 from torchopt_passes.graph.labels import Ids
 
 __all__ = ["MOVEMENT"]
@@ -18,17 +18,19 @@ __all__ = ["MOVEMENT"]
 
 def _moved(call: Call) -> Any:
     """Run the operation on a tensor of the labels of each axis in turn, and read off which axis they vary along."""
-    (source, *_) = call.tensors
+    source = call.tensors[0]
     labels, shape = call.of(source), call.shape(source)
-    if int(call.number("step") or 1) != 1:
+    if base_name(call.node) == "slice" and int(call.number("step") or 1) != 1:
         _strided(call, labels[int(call.number("dim"))])
     sizes = call.axes.sizes[call.node]
     outputs = list(sizes) if isinstance(sizes, list | tuple) else [sizes]
     parts: list[list[list[Ids]]] = [[[np.zeros(int(n), np.int64)] for n in out.shape] for out in outputs]
+    if base_name(call.node) in _CUTS:
+        _pass_empty(parts, labels)
     for axis, ids in enumerate(labels):
         if ids.any():
             view = torch.from_numpy(ids).reshape([-1 if d == axis else 1 for d in range(len(shape))])
-            for out, table in zip(parts, _run(call, source, view.expand(shape).contiguous()), strict=True):
+            for out, table in zip(parts, _run(call, source, view.expand(shape)), strict=True):
                 _spread(call, out, table)
     result = [tuple(call.table.compose(columns) for columns in out) for out in parts]
     for value in result:
@@ -37,6 +39,21 @@ def _moved(call: Call) -> Any:
                 call.lock(ids, "takes a single index of the axis")
     result = [tuple(np.zeros(1, np.int64) if len(ids) == 1 else ids for ids in value) for value in result]
     return result if isinstance(sizes, list | tuple) else result[0]
+
+
+def _pass_empty(parts: list[list[list[Ids]]], labels: AxisLabels) -> None:
+    """A piece without elements shows no labels; the axes that are not cut keep theirs."""
+    for out in parts:
+        if any(columns[0].size == 0 for columns in out):
+            for columns, ids in zip(out, labels, strict=True):
+                if len(columns[0]) == len(ids):
+                    columns.append(ids)
+
+
+def _as_other(call: Call) -> Any:
+    """``reshape_as``: the sizes of another tensor."""
+    moved = _moved(call)
+    return call.align([moved, call.of(call.tensors[-1])], call.out_shape) if isinstance(moved, tuple) else moved
 
 
 def _strided(call: Call, ids: Ids) -> None:
@@ -50,22 +67,34 @@ def _strided(call: Call, ids: Ids) -> None:
 
 
 def _run(call: Call, source: fx.Node, table: torch.Tensor) -> list[Ids]:
-    """Return what the operation makes of a tensor of labels."""
-    put = {source: table}
-    args, kwargs = map_arg((call.node.args, dict(call.node.kwargs)), lambda node: put.get(node, call.axes.sizes[node]))
+    """Return what the operation makes of a tensor of labels: a view of it wherever that is possible."""
     target: Any = call.node.target
-    return [out.numpy() for out in pytree.tree_leaves(target(*args, **kwargs))]
+
+    def run(labels: torch.Tensor) -> list[Ids]:
+        put = {source: labels}
+        args, kwargs = map_arg(
+            (call.node.args, dict(call.node.kwargs)), lambda node: put.get(node, call.axes.sizes[node])
+        )
+        if base_name(call.node) in _AS_OTHER:
+            return [labels.reshape(call.out_shape).numpy()]
+        return [out.numpy() for out in pytree.tree_leaves(target(*args, **kwargs))]
+
+    try:
+        return run(table)
+    except RuntimeError:  # a view of axes that are expanded, merged with one that is not
+        return run(table.contiguous())
 
 
 def _spread(call: Call, out: list[list[Ids]], table: Ids) -> None:
     """Give a table of labels, shape of an output, to the axes along which it varies."""
     if not table.size:
         return
+    table = table[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)]
     varying = [axis for axis in range(table.ndim) if (table != table.take([0], axis)).any()]
     if not varying:
         call.lock(table.ravel()[:1], "takes a single index of the axis")
         return
-    face = table[tuple(slice(None) if axis in varying else 0 for axis in range(table.ndim))]
+    face = np.ascontiguousarray(table[tuple(slice(None) if axis in varying else 0 for axis in range(table.ndim))])
     pieces = call.table.split(face, call.why("splits an axis whose parts do not match")) if face.ndim > 1 else [face]
     for axis, piece in zip(varying, pieces, strict=True):
         out[axis].append(piece)
@@ -138,6 +167,8 @@ def _channel_shuffle(call: Call) -> AxisLabels:
     return (labels[0], np.ascontiguousarray(labels[1].reshape(groups, -1).T).ravel(), *labels[2:])
 
 
+_CUTS = ("slice", "narrow", "split", "split_with_sizes", "tensor_split")
+_AS_OTHER = ("view_as", "reshape_as")
 _NAMES = (
     *("view", "reshape", "_unsafe_view", "permute", "transpose", "t", "numpy_T", "mT", "movedim", "moveaxis"),
     *("swapaxes", "swapdims", "squeeze", "unsqueeze", "flatten", "unflatten", "select", "slice", "narrow", "split"),
@@ -148,6 +179,7 @@ _NAMES = (
 
 MOVEMENT: dict[str, Rule] = {
     **dict.fromkeys(_NAMES, _moved),
+    **dict.fromkeys(_AS_OTHER, _as_other),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),

@@ -110,11 +110,10 @@ def _group_norm(call: Call) -> AxisLabels:
 
 
 def _weight_norm(call: Call) -> AxisLabels:
-    """W = g v / |v|, the norm over all axes but one."""
+    """W = g v / |v|, the norm over all axes but one: of what stays, since what is zero adds nothing to it."""
     v, g = (call.of(node) for node in call.tensors)
     dim = int(call.number("dim")) % len(v)
     call.unify(v[dim], g[dim])
-    call.lock([ids for axis, ids in enumerate(v) if axis != dim], "a norm over the weight")
     return v
 
 
