@@ -49,12 +49,14 @@ Scope = Literal["group", "global", "isomorphic"]
 class Ours:
     """Options of PruneChannels, and of Distillation from the unpruned model: ``(alpha, temperature)`` or None.
 
-    `head_features`: features of every head leave, as in torch-pruning, where otherwise whole heads do.
+    `head_features`: features of every head leave, as in torch-pruning, where otherwise whole heads do; `inner`: the
+    residual stream is left alone, as under torch-pruning's option of that name.
     """
 
     importance: str
     scope: Scope
     head_features: bool = False
+    inner: bool = False
     distillation: tuple[float, float] | None = None
 
 
@@ -86,9 +88,14 @@ PEER: dict[str, dict[str, list[Peer]]] = {
     },
 }
 SIMPLE = [Ours(importance=kind, scope=scope) for kind in ("l2", "taylor") for scope in ("global", "isomorphic")]
-OURS = {  # fewer than torch-pruning has
+OURS = {
     "resnet20": SIMPLE,
-    "vit": [*SIMPLE, *(Ours(importance=kind, scope="isomorphic", head_features=True) for kind in ("l2", "taylor"))],
+    "vit": [
+        *SIMPLE,
+        *(Ours(importance=kind, scope="isomorphic", head_features=True) for kind in ("l2", "taylor")),
+        *(Ours(importance=kind, scope="isomorphic", inner=True) for kind in ("l2", "taylor")),
+        *(Ours(importance=kind, scope="isomorphic", inner=True, head_features=True) for kind in ("l2", "taylor")),
+    ],
 }
 DISTILLATIONS = [(0.5, 2.0), (0.9, 4.0)]
 
@@ -106,6 +113,7 @@ def prune_ours(
             importance=options.importance,
             scope=options.scope,
             kinds=("channels", "head_dim" if options.head_features else "heads", "blocks"),
+            overrides={"patches.weight:0": 0.0} if options.inner else {},
         )
         prune(graph, top.PassContext(calibration=list(calibration)))
         graph.zero_grad()
