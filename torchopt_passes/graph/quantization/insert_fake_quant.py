@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -17,6 +18,8 @@ from torchopt_passes.graph.inplace import make_out_of_place
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.annotate import Annotation, Place, annotate
 from torchopt_passes.graph.quantization.fake_quantizer import CONTAINER, FakeQuantizer
+from torchopt_passes.graph.quantization.layer_bits import BitsOf, check_bits, float_layers, quantizer_bits
+from torchopt_passes.graph.quantization.operations import find_operations
 from torchopt_passes.graph.quantization.state import fake_quant_off
 from torchopt_passes.graph.quantization.targets import get_target
 
@@ -136,8 +139,14 @@ class InsertFakeQuant(GraphPass):
     Args:
         target: where it will run: ``"inductor"`` (x86 CPU) or ``"onnx"`` (ONNX Runtime, QDQ).
         qat: True learns ranges and rounds in training from now on; False waits for `Calibrate`.
-        weight_bits: 2 to 8; 7 avoids the saturating int8 sums of x86 CPUs without VNNI.
+        weight_bits: 2 to 8.
         activation_bits: 2 to 8.
+        weight_bits_of: glob on a weight's fqn, a module path or a node -> bits of that weight instead; 0 or 32 keep its
+            operation in float. The first glob that matches counts.
+        activation_bits_of: the same, for the inputs of the operations it matches. A value that several operations read
+            is rounded once, to the widest of what they want.
+        reduce_range: at most 7 bits for activations, as torch does for x86 CPUs without VNNI: their int8 kernels add
+            pairs of products in 16 bits, and 2 * 255 * 127 would saturate there.
         per_channel: a scale for each output channel of a weight, or one for the whole weight.
         momentum: weight of a training batch in the moving average of an activation's range.
 
@@ -159,6 +168,9 @@ class InsertFakeQuant(GraphPass):
     qat: bool = True
     weight_bits: int = 8
     activation_bits: int = 8
+    weight_bits_of: dict[str, int] | None = None
+    activation_bits_of: dict[str, int] | None = None
+    reduce_range: bool = False
     per_channel: bool = True
     momentum: float = 0.01
 
@@ -168,30 +180,56 @@ class InsertFakeQuant(GraphPass):
         for name in ("weight_bits", "activation_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise ConfigError(f"InsertFakeQuant: {name} must be 2 to 8, not {getattr(self, name)}")
+        for bits_of in self._bits_of():
+            check_bits(bits_of.option, bits_of.bits)
         if not 0.0 < self.momentum <= 1.0:
             raise ConfigError(f"InsertFakeQuant: momentum must be in (0, 1], not {self.momentum}")
 
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Choose the places; see the class."""
-        found = self.annotate(graph_module, context)
-        edits = tuple(self._edit(place, graph_module) for place in found.places)
+        graph = _out_of_place(graph_module)
+        found = self._annotate(graph_module, graph, context or PassContext())
+        bits = quantizer_bits(found, graph, *self._bits_of())
+        edits = tuple(self._edit(place, *bits.get(place.quantizer, (0, ""))) for place in found.places)
         done = [Skip(target=op.target, reason=op.why_float) for op in found.operations if op.why_float]
         return Plan(edits, tuple(done))
 
     def annotate(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Annotation:
         """Return which matrix operations become int8, which stay float and why, and the places to round."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(graph_module.graph, {}))
-        make_out_of_place(graph)
-        return annotate(graph_module, graph, get_target(self.target), (context or PassContext()).skipped_by)
+        return self._annotate(graph_module, _out_of_place(graph_module), context or PassContext())
+
+    def _annotate(self, graph_module: fx.GraphModule, graph: fx.Graph, context: PassContext) -> Annotation:
+        target = get_target(self.target)
+        if not (self.weight_bits_of or self.activation_bits_of):
+            return annotate(graph_module, graph, target, context.skipped_by)
+        operations = find_operations(graph_module, graph, target, context.skipped_by)
+        floats = float_layers(graph_module, operations, self._bits_of())
+        found = annotate(
+            graph_module, graph, target, lambda name: context.skipped_by(name) or (name if name in floats else None)
+        )
+        decided = {op.node.name for op in operations if op.why_float}
+        found.operations = [
+            replace(op, why_float=floats[op.node.name]) if op.node.name in floats.keys() - decided else op
+            for op in found.operations
+        ]
+        return found
+
+    def _bits_of(self) -> list[BitsOf]:
+        narrow = 7 if self.reduce_range else 8
+        activations = {p: b if b > 8 else min(b, narrow) for p, b in (self.activation_bits_of or {}).items()}
+        return [
+            BitsOf("weight_bits_of", self.weight_bits_of or {}, self.weight_bits),
+            BitsOf("activation_bits_of", activations, min(self.activation_bits, narrow)),
+        ]
 
     def proving(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
         """Switch the fake-quantizers off for the proof."""
         return fake_quant_off(graph_module)
 
-    def _edit(self, place: Place, graph_module: fx.GraphModule) -> FakeQuantize:
+    def _edit(self, place: Place, bits: int, why: str) -> FakeQuantize:
         weight = place.weight
-        bits = self.activation_bits if weight is None else self.weight_bits
+        # a place that no matrix operation reads, such as the output of the last convolution, has no bits of its own
+        bits = bits or self._bits_of()[1].default
         low, high = integer_range(bits, signed=weight is not None)
         per_channel = weight is not None and self.per_channel
         channels = 1
@@ -199,7 +237,7 @@ class InsertFakeQuant(GraphPass):
             channels = int(weight.node.meta["val"].shape[weight.channel_dim])
         return FakeQuantize(
             target=place.target,
-            reason=place.reason,
+            reason=f"{place.reason}; {why}" if why else place.reason,
             numbers={"bits": float(bits), "quant_min": float(low), "quant_max": float(high)},
             quantizer=place.quantizer,
             node=place.node,
@@ -214,3 +252,10 @@ class InsertFakeQuant(GraphPass):
             qat=self.qat,
             bias_apart=place.bias_apart,
         )
+
+
+def _out_of_place(graph_module: fx.GraphModule) -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    make_out_of_place(graph)
+    return graph
