@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from torchopt_passes.errors import ConfigError
@@ -17,7 +19,10 @@ __all__ = [
     "integer_range",
     "min_max",
     "min_max_quantize",
+    "minimum_qparams",
+    "next_power_of_two",
     "quantize",
+    "straight_through",
 ]
 
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
@@ -60,8 +65,30 @@ def min_max(x: torch.Tensor, dim: int | None = None) -> tuple[torch.Tensor, torc
     return low, high
 
 
+def next_power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """Return the smallest power of two that is not below each (positive) scale: rounding up, nothing clips.
+
+    Formula: 2^ceil(log2 s), exactly, from the exponent of the float.
+
+    Source:
+        Jain et al. 2020, "Trained quantization thresholds for accurate and efficient fixed-point inference", section 3.
+
+    Example:
+        >>> next_power_of_two(torch.tensor([0.3, 0.5, 1.01]))
+        tensor([0.5000, 0.5000, 2.0000])
+    """
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+
+
 def affine_qparams(
-    low: torch.Tensor, high: torch.Tensor, quant_min: int, quant_max: int, *, symmetric: bool
+    low: torch.Tensor,
+    high: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool,
+    power_of_two: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and zero point of the grid that covers [low, high] and holds zero exactly.
 
@@ -75,6 +102,7 @@ def affine_qparams(
         quant_min: smallest integer.
         quant_max: largest integer.
         symmetric: whether the grid is symmetric about zero (a signed grid).
+        power_of_two: round s up to a power of two, so that multiplying by it is a shift; z follows from that s.
 
     Returns:
         Scale (float32) and zero point (int32), shaped as `low`.
@@ -89,11 +117,36 @@ def affine_qparams(
     low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
     if symmetric:
         scale = torch.maximum(-low, high) / ((quant_max - quant_min) / 2)
-        scale = scale.clamp(min=SMALLEST_SCALE)
+    else:
+        scale = (high - low) / (quant_max - quant_min)
+    scale = scale.clamp(min=SMALLEST_SCALE)
+    scale = next_power_of_two(scale) if power_of_two else scale
+    if symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
-    scale = ((high - low) / (quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
+
+
+def minimum_qparams(
+    low: torch.Tensor, high: torch.Tensor, bits: int, *, power_of_two: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and minimum of the grid x = s q + m, q = 0 .. 2^b - 1: a zero point that is no integer, -m / s.
+
+    Formula: s = (high - low) / (2^b - 1), m = low. Both ends are levels; zero need not be one.
+
+    Args:
+        low: smallest values, any shape.
+        high: largest values, same shape.
+        bits: 2 to 16.
+        power_of_two: round s up to a power of two.
+
+    Example:
+        >>> minimum_qparams(torch.tensor([1.0]), torch.tensor([2.5]), bits=2)
+        (tensor([0.5000]), tensor([1.]))
+    """
+    levels = integer_range(bits, signed=False)[1]
+    scale = ((high - low) / levels).clamp(min=torch.finfo(low.dtype).tiny)
+    return (next_power_of_two(scale) if power_of_two else scale), low
 
 
 def quantize(
@@ -151,6 +204,34 @@ def fake_quantize(
     else:
         value = torch.fake_quantize_per_channel_affine(value, scale, zero_point, dim, quant_min, quant_max)
     return value.to(x.dtype)
+
+
+def straight_through(x: torch.Tensor, value: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `value`, exactly, with the gradient of `x` where `inside` holds (everywhere when None), and 0 elsewhere.
+
+    Source:
+        Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons".
+
+    Example:
+        >>> x = torch.tensor([0.4, 1.7], requires_grad=True)
+        >>> straight_through(x, torch.round(x).clamp(max=1), x <= 1).sum().backward()
+        >>> x.grad
+        tensor([1., 0.])
+    """
+    return _StraightThrough.apply(x, value.detach(), inside)  # pyright: ignore
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, value: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
+        del x
+        ctx.save_for_backward(inside)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return (grads[0] if inside is None else grads[0] * inside), None, None
 
 
 def min_max_quantize(w: torch.Tensor, bits: int) -> torch.Tensor:
