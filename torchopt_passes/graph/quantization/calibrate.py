@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from itertools import islice
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -12,15 +13,16 @@ from torch import fx, nn
 
 from torchopt_passes._compat import flat_inputs
 from torchopt_passes.errors import ConfigError, PlanError
-from torchopt_passes.functional.affine import affine_qparams, along, min_max
+from torchopt_passes.functional.affine import affine_qparams, along, fake_quantize, min_max
+from torchopt_passes.functional.ranges import Grid, channel_mse_range
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fake_quantizers
-from torchopt_passes.graph.quantization.observers import RangeObserver
+from torchopt_passes.graph.quantization.observers import ChosenRange, RangeObserver
 from torchopt_passes.graph.quantization.state import fake_quant_off
-from torchopt_passes.graph.verify import in_eval_mode
+from torchopt_passes.graph.verify import in_eval_mode, sqnr
 from torchopt_passes.progress import track
 
 __all__ = ["Calibrate", "SetObserverState", "quantizer_places"]
@@ -66,16 +68,26 @@ class SetObserverState(Edit):
 class Calibrate(GraphPass):
     """Run batches of data through a prepared graph in eval mode, unrounded, and set every range from what is seen.
 
-    Weights take their exact range. Batches stream: memory does not grow with their number. The same batches give the
-    same ranges, bit for bit.
+    Batches stream: memory does not grow with their number. The same batches give the same ranges, bit for bit; but for
+    ``"histogram"`` and ``"moving_average"``, in any order. Edits carry the signal-to-quantization-noise ratio in dB:
+    that of a weight as it is, that of an activation on the histogram of its method (torchao's two and min-max keep
+    none).
 
     Args:
-        method: how the range of an activation is chosen: ``"histogram"`` (least squared rounding error), ``"minmax"``
-            or ``"moving_average"``.
+        method: how the range of an activation is chosen. ``"minmax"``: all that was seen; ``"moving_average"`` of
+            that; ``"histogram"``: torchao's search for less rounding error; ``"percentile"``: a share is clipped;
+            ``"mse"``: least squared rounding error; ``"entropy"``: least KL divergence, as TensorRT; ``"gaussian"``,
+            ``"laplace"``: the clip that is best for that distribution (ACIQ); ``"auto"``: for each activation the one
+            of these (but the first two named from torchao) with the best SQNR.
+        percentile: for ``"percentile"`` and ``"auto"``: how many of a hundred values are not clipped.
+        weight_method: ``"minmax"``: a weight's exact range; ``"mse"``: for each channel the part of it with the least
+            squared rounding error. Both are of the weight folded with its batch norm. A graph that learns ranges while
+            it trains takes the exact range again with its next training step.
         max_batches: at most so many batches of the context's `calibration`; None takes all.
 
     Source:
-        Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference", section 3.
+        Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference", section 3; for each
+        method its function in `torchopt_passes.functional.ranges` or `.aciq`.
 
     Proof:
         With the fake-quantizers off, outputs equal those before.
@@ -87,13 +99,21 @@ class Calibrate(GraphPass):
 
     claim = "outputs with fake-quant off equal the outputs before, fake-quant off"
 
-    method: Literal["histogram", "minmax", "moving_average"] = "histogram"
+    method: Literal[
+        "histogram", "minmax", "moving_average", "percentile", "mse", "entropy", "gaussian", "laplace", "auto"
+    ] = "histogram"
+    percentile: float = 99.99
+    weight_method: Literal["minmax", "mse"] = "minmax"
     max_batches: int | None = None
 
     def check(self) -> None:
-        """Refuse a number of batches that is none."""
+        """Refuse a number of batches that is none, and a percentile that is none or that nothing reads."""
         if self.max_batches is not None and self.max_batches < 1:
             raise ConfigError(f"Calibrate: max_batches must be >= 1, not {self.max_batches}")
+        if not 0.0 < self.percentile <= 100.0:
+            raise ConfigError(f"Calibrate: percentile must be above 0 and at most 100, not {self.percentile}")
+        if self.percentile != 99.99 and self.method not in {"percentile", "auto"}:
+            raise ConfigError(f"Calibrate: percentile goes with method 'percentile' or 'auto', not {self.method!r}")
 
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Run the batches on the graph as it is, with observers outside it: nothing of it is touched."""
@@ -113,12 +133,12 @@ class Calibrate(GraphPass):
         ranges, batches = self._ranges(graph_module, set(places), context.calibration)
         edits: list[Edit] = []
         for name, target in places.items():
-            low, high = ranges[name]
+            chosen = ranges[name]
             quantizer = graph_module.get_submodule(name)
-            if not isinstance(quantizer, FakeQuantizer) or _same(quantizer, low, high):
+            if not isinstance(quantizer, FakeQuantizer) or _same(quantizer, chosen.low, chosen.high):
                 skips.append(Skip(target=target, reason="nothing to do: it has this range already"))
                 continue
-            edits.append(self._edit(target, name, quantizer, low, high, batches))
+            edits.append(self._edit(target, name, quantizer, chosen, batches))
         return Plan(tuple(edits), tuple(skips))
 
     def referring(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
@@ -131,14 +151,15 @@ class Calibrate(GraphPass):
 
     def _ranges(
         self, graph_module: fx.GraphModule, wanted: set[str], batches: Iterable[Any]
-    ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int]:
+    ) -> tuple[dict[str, ChosenRange], int]:
         count = 0
         with in_eval_mode(graph_module):
-            watcher = _Watcher(graph_module, wanted, self.method)
+            watcher = _Watcher(graph_module, wanted, self)
             state = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
             try:
                 for batch in track(islice(batches, self.max_batches), "Calibrating"):
                     args, kwargs = as_call(batch)
+                    watcher.first = count == 0
                     watcher.run(*flat_inputs(graph_module, args, kwargs), enable_io_processing=False)
                     count += 1
             finally:
@@ -150,14 +171,23 @@ class Calibrate(GraphPass):
         return watcher.ranges(), count
 
     def _edit(
-        self, target: str, name: str, quantizer: FakeQuantizer, low: torch.Tensor, high: torch.Tensor, batches: int
+        self, target: str, name: str, quantizer: FakeQuantizer, chosen: ChosenRange, batches: int
     ) -> SetObserverState:
+        low, high = chosen.low, chosen.high
         scale, _ = affine_qparams(low, high, quantizer.quant_min, quantizer.quant_max, symmetric=quantizer.signed)
-        how = "exact range of the weight" if quantizer.exact else f"{self.method} of {batches} batches"
+        numbers = {"min": float(low.min()), "max": float(high.max()), "step": float(scale.max())}
+        if chosen.method in chosen.sqnr:
+            numbers["sqnr"] = chosen.sqnr[chosen.method]
+        if quantizer.exact:
+            how = "exact range of the weight" if chosen.method == "minmax" else "least squared error of the weight"
+        else:
+            auto = self.method == "auto"
+            how = f"{chosen.method} of {batches} batches" + (", the best SQNR" if auto else "")
+            numbers |= {f"sqnr_{method}": value for method, value in chosen.sqnr.items() if auto}
         return SetObserverState(
             target=target,
             reason=how,
-            numbers={"min": float(low.min()), "max": float(high.max()), "step": float(scale.max())},
+            numbers=numbers,
             quantizer=name,
             min_val=low.float().cpu(),
             max_val=high.float().cpu(),
@@ -167,43 +197,66 @@ class Calibrate(GraphPass):
 class _Watcher(fx.Interpreter):
     """Run a graph with its fake-quantizers replaced by observers."""
 
-    def __init__(self, graph_module: fx.GraphModule, wanted: set[str], method: str) -> None:
+    first = True
+    """Whether this is the first batch: weights are the same in all."""
+
+    def __init__(self, graph_module: fx.GraphModule, wanted: set[str], options: Calibrate) -> None:
         super().__init__(graph_module)
         self._quantizers = {n: q for n, q in fake_quantizers(graph_module) if n in wanted}
         self._all = dict(fake_quantizers(graph_module))
-        self._method = method
+        self._options = options
         self._observers: dict[str, RangeObserver] = {}
-        self._weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._weights: dict[str, ChosenRange] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target not in self._all:
             return super().call_module(target, args, kwargs)
         quantizer = self._quantizers.get(target)
         if quantizer is not None and not kwargs.get("follow", False):
-            if quantizer.exact:
-                self._weights[target] = weight_range(quantizer, *args)
-            else:
-                observer = self._observers.get(target) or RangeObserver(self._method, quantizer)
-                self._observers[target] = observer
-                observer.watch(args[0])
+            if not quantizer.exact:
+                self._watch(target, quantizer, args[0])
+            elif self.first:
+                self._weights[target] = _weight_choice(self._options.weight_method, quantizer, *args)
         return args[0]
 
-    def ranges(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def ranges(self) -> dict[str, ChosenRange]:
         """Return the range of every wanted fake-quantizer."""
-        return self._weights | {name: observer.range() for name, observer in self._observers.items()}
+        chosen = track(self._observers.items(), "Choosing ranges")
+        return self._weights | {name: observer.choose() for name, observer in chosen}
+
+    def _watch(self, name: str, quantizer: FakeQuantizer, x: torch.Tensor) -> None:
+        if name not in self._observers:
+            options = self._options
+            self._observers[name] = RangeObserver(options.method, quantizer, percentile=options.percentile)
+        try:
+            self._observers[name].watch(x)
+        except ConfigError as error:
+            raise ConfigError(f"Calibrate: {name}: {error}") from error
 
 
-def weight_range(
+def _weight_choice(method: str, quantizer: FakeQuantizer, *args: torch.Tensor | None) -> ChosenRange:
+    weight = _folded(quantizer, *args)  # pyright: ignore[reportArgumentType]
+    dim, low_int, high_int = quantizer.channel_dim, quantizer.quant_min, quantizer.quant_max
+    if method == "mse":
+        low, high = channel_mse_range(weight, Grid(low_int, high_int, symmetric=quantizer.signed), dim)
+    else:
+        low, high = min_max(weight, dim)
+    scale, zero_point = affine_qparams(low, high, low_int, high_int, symmetric=quantizer.signed)
+    ratio = sqnr(fake_quantize(weight, scale, zero_point, low_int, high_int, dim), weight)
+    return ChosenRange(method, low, high, {method: ratio} if isfinite(ratio) else {})
+
+
+def _folded(
     quantizer: FakeQuantizer,
     weight: torch.Tensor,
     gamma: torch.Tensor | None = None,
     var: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the exact range of a weight, folded with its batch norm when it has one; shape [1] or [channels]."""
+) -> torch.Tensor:
+    """Return a weight as it is rounded: multiplied by its batch norm's scale when it has one."""
     weight = weight.detach().float()
-    if var is not None:
-        weight = weight * along(quantizer.channel_scale(gamma, var), weight.ndim, quantizer.weight_dim)
-    return min_max(weight, quantizer.channel_dim)
+    if var is None:
+        return weight
+    return weight * along(quantizer.channel_scale(gamma, var), weight.ndim, quantizer.weight_dim)
 
 
 def quantizer_places(graph_module: fx.GraphModule) -> dict[str, str]:

@@ -1,17 +1,52 @@
-"""Observers for calibration: torchao's, by method."""
+"""Observers for calibration: watch one edge of the graph, batch by batch, and choose its range by a method."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from torchopt_passes.errors import ConfigError
+from torchopt_passes.functional import ranges
+from torchopt_passes.functional.aciq import gaussian_range, laplace_range
+from torchopt_passes.functional.histogram import StreamingHistogram
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer
 
-__all__ = ["METHODS", "RangeObserver"]
+__all__ = ["METHODS", "ChosenRange", "RangeObserver"]
 
-METHODS = ("histogram", "minmax", "moving_average")
+METHODS = (
+    "histogram",
+    "minmax",
+    "moving_average",
+    "percentile",
+    "mse",
+    "entropy",
+    "gaussian",
+    "laplace",
+    "auto",
+)
+
+
+@dataclass(frozen=True)
+class ChosenRange:
+    """What an observer has chosen.
+
+    Args:
+        method: which method; for ``"auto"`` the one that was best.
+        low: smallest value, shape [1].
+        high: largest value, shape [1].
+        sqnr: signal-to-quantization-noise ratio of the values seen, in dB, by method that was tried; empty when the
+            method keeps no histogram, and without those that have no error.
+    """
+
+    method: str
+    low: torch.Tensor
+    high: torch.Tensor
+    sqnr: dict[str, float] = field(default_factory=dict[str, float])
 
 
 class RangeObserver:
@@ -19,46 +54,88 @@ class RangeObserver:
 
     Args:
         method: ``"minmax"``: smallest and largest value seen; ``"moving_average"``: their moving average with weight
-            0.01; ``"histogram"``: the range inside the extremes that minimizes the squared rounding error of a
-            2048-bin histogram.
+            0.01; ``"histogram"``: torchao's search, from both ends of its own histogram, for less rounding error.
+            The others read one `StreamingHistogram` (the order of batches does not matter): ``"percentile"``,
+            ``"mse"`` (least squared error), ``"entropy"`` (least KL divergence), ``"gaussian"`` and ``"laplace"``
+            (analytic clip of ACIQ); see `torchopt_passes.functional.ranges` and `.aciq`. ``"auto"``: the best of
+            min-max and these by SQNR on that histogram, the first named where two are equal.
         quantizer: the fake-quantizer it watches for: width and sign of the grid.
+        percentile: of ``"percentile"``.
 
     Source:
-        torchao's `MinMaxObserver`, `MovingAverageMinMaxObserver` and `HistogramObserver`.
+        torchao's `MinMaxObserver`, `MovingAverageMinMaxObserver` and `HistogramObserver`; the rest as each function.
     """
 
-    def __init__(self, method: str, quantizer: FakeQuantizer) -> None:
-        # torchao takes more than a second to import: only who calibrates pays
-        from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
-
-        types: dict[str, Any] = {
-            "histogram": HistogramObserver,
-            "minmax": MinMaxObserver,
-            "moving_average": MovingAverageMinMaxObserver,
-        }
-        if method not in types:
+    def __init__(self, method: str, quantizer: FakeQuantizer, *, percentile: float = 99.99) -> None:
+        if method not in METHODS:
             raise ConfigError(f"no calibration method is named {method!r}; known: {list(METHODS)}")
-        self._quantizer = quantizer
-        self._histogram = method == "histogram"
-        self._observer = types[method](
-            dtype=quantizer.dtype,
-            qscheme=torch.per_tensor_symmetric if quantizer.signed else torch.per_tensor_affine,
-            quant_min=quantizer.quant_min,
-            quant_max=quantizer.quant_max,
-        ).to(quantizer.scale.device)
-        # torchao searches for the best 8-bit range whatever the grid is: tell it how many levels there are
-        self._observer.dst_nbins = 2**quantizer.bits
+        self._method, self._quantizer, self._percentile = method, quantizer, percentile
+        torchaos = method in {"histogram", "minmax", "moving_average"}
+        self._observer: Any = _torchao_observer(method, quantizer) if torchaos else None
+        self._histogram = None if torchaos else StreamingHistogram()
 
     def watch(self, x: torch.Tensor) -> None:
         """Take one batch into account."""
-        self._observer(x.detach().float())
+        if self._histogram is None:
+            self._observer(x.detach().float())
+        else:
+            self._histogram.add(x)
 
-    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the chosen smallest and largest value, each of shape [1]."""
+    def choose(self) -> ChosenRange:
+        """Choose the range for what was seen."""
+        if self._histogram is not None:
+            return self._from_histogram(self._histogram)
         observer, quantizer = self._observer, self._quantizer
-        if not self._histogram:
-            return observer.min_val.reshape(1), observer.max_val.reshape(1)
-        scale, zero_point = observer.calculate_qparams()
-        low = (quantizer.quant_min - zero_point) * scale
-        high = (quantizer.quant_max - zero_point) * scale
-        return low.reshape(1), high.reshape(1)
+        low, high = observer.min_val, observer.max_val
+        if self._method == "histogram":
+            scale, zero_point = observer.calculate_qparams()
+            low = (quantizer.quant_min - zero_point) * scale
+            high = (quantizer.quant_max - zero_point) * scale
+        return ChosenRange(self._method, low.reshape(1), high.reshape(1))
+
+    def _from_histogram(self, seen: StreamingHistogram) -> ChosenRange:
+        if not seen.total:
+            raise ConfigError("there were no values to calibrate on")
+        quantizer = self._quantizer
+        grid = ranges.Grid(quantizer.quant_min, quantizer.quant_max, symmetric=quantizer.signed)
+        counts, edges = seen.bins()
+        rules: dict[str, Callable[..., ranges.Range]] = {
+            "minmax": ranges.minmax_range,
+            "percentile": partial(ranges.percentile_range, percentile=self._percentile, zeros=seen.zeros),
+            "mse": ranges.mse_range,
+            "entropy": ranges.entropy_range,
+            "gaussian": gaussian_range,
+            "laplace": laplace_range,
+        }
+        names = list(rules) if self._method == "auto" else [self._method]
+        found = torch.tensor([rules[name](counts, edges, grid) for name in names], dtype=torch.float64)
+        # the outer bins reach beyond what was seen
+        bound = max(-seen.low, seen.high)
+        smallest, largest = (-bound, bound) if grid.symmetric else (min(seen.low, 0.0), max(seen.high, 0.0))
+        low, high = found[:, 0].clamp(min=smallest).float(), found[:, 1].clamp(max=largest).float()
+        errors = ranges.rounding_error(counts, edges, low, high, grid)
+        signal = ranges.signal_energy(counts, edges)
+        sqnr = {name: ranges.sqnr_db(signal, float(error)) for name, error in zip(names, errors, strict=True)}
+        best = int(errors.argmin())
+        known = {name: value for name, value in sqnr.items() if math.isfinite(value)}
+        return ChosenRange(names[best], low[best].reshape(1), high[best].reshape(1), known)
+
+
+def _torchao_observer(method: str, quantizer: FakeQuantizer) -> Any:
+    # torchao takes more than a second to import: only who calibrates with it pays
+    from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
+
+    types: dict[str, Any] = {
+        "histogram": HistogramObserver,
+        "minmax": MinMaxObserver,
+        "moving_average": MovingAverageMinMaxObserver,
+    }
+    observer = types[method](
+        dtype=quantizer.dtype,
+        qscheme=torch.per_tensor_symmetric if quantizer.signed else torch.per_tensor_affine,
+        quant_min=quantizer.quant_min,
+        quant_max=quantizer.quant_max,
+    ).to(quantizer.scale.device)
+    # torchao searches for the best 8-bit range whatever the grid is: tell it how many levels there are
+    observer.dst_nbins = 2**quantizer.bits
+    return observer
