@@ -114,3 +114,68 @@ def test_mixed_bits_convert_exactly() -> None:
     integers = {n: t for n, t in converted.state_dict().items() if t.dtype is torch.int8}
     assert set(integers) == {"stem.weight", "conv.weight", "depthwise.weight"}
     assert int(integers["conv.weight"].abs().max()) == 7
+
+
+GRIDS: list[dict[str, Any]] = [
+    {"weight_symmetric": False},
+    {"weight_symmetric": False, "per_channel": False, "weight_bits": 4},
+    {"activation_symmetric": True},
+    {"activation_symmetric": True, "weight_symmetric": False, "power_of_two": True},
+    {"power_of_two": True},
+]
+
+
+@pytest.mark.parametrize("options", GRIDS, ids=lambda o: " ".join(o))
+def test_every_grid_converts_exactly(options: dict[str, Any]) -> None:
+    model, inputs = build("conv_residual")
+    prepared = prepare(build("conv_residual")[0], [inputs], target="onnx", **options)
+    for name, quantizer in quantizers(prepared).items():
+        is_weight = name.endswith("weight")
+        symmetric = options.get("weight_symmetric", True) if is_weight else options.get("activation_symmetric", False)
+        assert quantizer.dtype is (torch.int8 if symmetric else torch.uint8)
+        assert bool((quantizer.zero_point == 0).all()) or not symmetric
+        exponent = torch.log2(quantizer.scale)
+        assert bool((exponent == exponent.round()).all()) == options.get("power_of_two", False)
+    converted = convert(model, [inputs], target="onnx", **options)
+    torch.testing.assert_close(output(converted, inputs), output(prepared, inputs), rtol=1e-4, atol=1e-4)
+    expected = torch.int8 if options.get("weight_symmetric", True) else torch.uint8
+    assert sum(t.dtype is expected for t in converted.state_dict().values()) >= 4
+
+
+def test_affine_weights_fit_a_lopsided_weight_better() -> None:
+    model = torch.nn.Linear(32, 8)
+    with torch.no_grad():
+        model.weight.abs_().add_(1.0)
+    x = torch.randn(4, 32)
+    errors: list[float] = []
+    for symmetric in (True, False):
+        prepared = prepare(model, [(x,)], target="onnx", weight_symmetric=symmetric, weight_bits=3)
+        rounded = quantizers(prepared)["weight"](model.weight)
+        errors.append(float((rounded - model.weight).detach().square().mean()))
+    assert errors[1] < errors[0] / 2
+
+
+def test_power_of_two_steps_are_learned_in_training() -> None:
+    model, inputs = build("conv_residual")
+    graph_module = top.capture(model, inputs).train()
+    InsertFakeQuant(power_of_two=True)(graph_module)
+    graph_module(*inputs)
+    for quantizer in quantizers(graph_module).values():
+        exponent = torch.log2(quantizer.scale)
+        assert quantizer.has_range and torch.equal(exponent, exponent.round())
+        levels = quantizer.quant_max - quantizer.quant_min
+        assert bool((quantizer.scale * levels >= (quantizer.max_val - quantizer.min_val) * 0.99).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"activation_symmetric": True}, "'inductor' cannot run int8 activations"),
+        ({"weight_symmetric": False}, "'inductor' cannot run uint8 weights"),
+        ({"target": "onnx", "activation_symmetric": True, "reduce_range": True}, "reduce_range is for uint8"),
+        ({"weight_bits": 16}, "weight_bits must be 2 to 8"),
+    ],
+)
+def test_grids_that_a_target_lacks_are_refused(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(top.ConfigError, match=what):
+        InsertFakeQuant(**options)

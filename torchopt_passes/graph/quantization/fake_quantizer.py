@@ -42,6 +42,7 @@ class FakeQuantizer(nn.Module):
         momentum: weight of a batch in the moving average of the range; 1 takes the current range (weights).
         bn_eps: eps of the folded batch norm.
         bias_apart: whether its operation gets its bias from an addition behind it when it is converted.
+        power_of_two: whether the step is rounded up to a power of two.
         observe: whether ranges are learned in training mode.
         enabled: whether values are rounded.
 
@@ -67,13 +68,14 @@ class FakeQuantizer(nn.Module):
         momentum: float = 0.01,
         bn_eps: float = 0.0,
         bias_apart: bool = False,
+        power_of_two: bool = False,
         observe: bool = True,
         enabled: bool = True,
     ) -> None:
         super().__init__()
         self.bits, self.signed = bits, signed
         self.channel_dim, self.momentum, self.bn_eps = channel_dim, momentum, bn_eps
-        self.bias_apart = bias_apart
+        self.bias_apart, self.power_of_two = bias_apart, power_of_two
         self.quant_min, self.quant_max = integer_range(bits, signed=signed)
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))
@@ -126,7 +128,12 @@ class FakeQuantizer(nn.Module):
         self.min_val.copy_(low)
         self.max_val.copy_(high)
         scale, zero_point = affine_qparams(
-            self.min_val, self.max_val, self.quant_min, self.quant_max, symmetric=self.signed
+            self.min_val,
+            self.max_val,
+            self.quant_min,
+            self.quant_max,
+            symmetric=self.signed,
+            power_of_two=self.power_of_two,
         )
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
@@ -166,7 +173,7 @@ class FakeQuantizer(nn.Module):
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
     def _quantize(self, x: torch.Tensor, observe: bool) -> torch.Tensor:
-        if observe and self.channel_dim is None and x.dtype is torch.float32:
+        if observe and self.channel_dim is None and x.dtype is torch.float32 and not self.power_of_two:
             return torch.fused_moving_avg_obs_fake_quant(
                 x,
                 self.observer_enabled,
@@ -208,7 +215,8 @@ class FakeQuantizer(nn.Module):
         """Return width, grid and switches."""
         per = "tensor" if self.channel_dim is None else f"channel {self.channel_dim}"
         state = ("on" if self._enabled else "off") + (", observing" if self._observe else "")
-        return f"{'s' if self.signed else 'u'}{self.bits} per {per}, {state}"
+        step = ", step 2^k" if self.power_of_two else ""
+        return f"{'s' if self.signed else 'u'}{self.bits} per {per}{step}, {state}"
 
 
 def is_fake_quant(graph_module: fx.GraphModule, node: object) -> bool:

@@ -34,7 +34,7 @@ class FakeQuantize(Edit):
         node: the node whose value is rounded.
         users: the nodes that read it rounded; others read it as it is.
         bits: width of the integers.
-        signed: int8 symmetric (weights) or uint8 affine (activations).
+        signed: int8 symmetric about zero, or uint8 with a zero point.
         channel_dim: dimension with a scale for each index, None for one scale.
         channels: how many scales.
         batch_norm: the batch norm that is folded into this weight, or ''.
@@ -42,6 +42,7 @@ class FakeQuantize(Edit):
         momentum: weight of a batch in the moving average of the range.
         qat: round and observe in training from now on; else wait for `Calibrate`.
         bias_apart: when it is converted, a 2-D result of this weight gets its bias from an addition behind it.
+        power_of_two: the step is rounded up to a power of two.
     """
 
     on_source = False
@@ -58,6 +59,7 @@ class FakeQuantize(Edit):
     momentum: float = 0.01
     qat: bool = True
     bias_apart: bool = False
+    power_of_two: bool = False
 
     def check(self) -> None:
         """Refuse a name that is no identifier, a width that is no int8, and a place without users."""
@@ -103,6 +105,7 @@ class FakeQuantize(Edit):
             momentum=self.momentum,
             bn_eps=norm.eps if norm else 0.0,
             bias_apart=self.bias_apart,
+            power_of_two=self.power_of_two,
             observe=self.qat,
             enabled=self.qat,
         )
@@ -148,6 +151,10 @@ class InsertFakeQuant(GraphPass):
         reduce_range: at most 7 bits for activations, as torch does for x86 CPUs without VNNI: their int8 kernels add
             pairs of products in 16 bits, and 2 * 255 * 127 would saturate there.
         per_channel: a scale for each output channel of a weight, or one for the whole weight.
+        weight_symmetric: int8 weights about zero; False for uint8 weights with a zero point, which Inductor lacks.
+        activation_symmetric: int8 activations about zero, which Inductor lacks, and which ONNX Runtime computes in
+            float on x86 (TensorRT and ARM want them); False for uint8 activations with a zero point.
+        power_of_two: round every step up to a power of two, for hardware that rescales by shifts.
         momentum: weight of a training batch in the moving average of an activation's range.
 
     Source:
@@ -172,11 +179,19 @@ class InsertFakeQuant(GraphPass):
     activation_bits_of: dict[str, int] | None = None
     reduce_range: bool = False
     per_channel: bool = True
+    weight_symmetric: bool = True
+    activation_symmetric: bool = False
+    power_of_two: bool = False
     momentum: float = 0.01
 
     def check(self) -> None:
-        """Refuse an unknown target and widths outside int8."""
-        get_target(self.target)
+        """Refuse an unknown target, grids that its kernels cannot take, and widths outside int8."""
+        no_grid = get_target(self.target).no_grid
+        asked = {"int8 activations": self.activation_symmetric, "uint8 weights": not self.weight_symmetric}
+        for grid in (name for name, wanted in asked.items() if wanted and name in no_grid):
+            raise ConfigError(f"InsertFakeQuant: target {self.target!r} cannot run {grid}: {no_grid[grid]}")
+        if self.reduce_range and self.activation_symmetric:
+            raise ConfigError("InsertFakeQuant: reduce_range is for uint8 activations: activation_symmetric=False")
         for name in ("weight_bits", "activation_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise ConfigError(f"InsertFakeQuant: {name} must be 2 to 8, not {getattr(self, name)}")
@@ -230,7 +245,8 @@ class InsertFakeQuant(GraphPass):
         weight = place.weight
         # a place that no matrix operation reads, such as the output of the last convolution, has no bits of its own
         bits = bits or self._bits_of()[1].default
-        low, high = integer_range(bits, signed=weight is not None)
+        signed = self.activation_symmetric if weight is None else self.weight_symmetric
+        low, high = integer_range(bits, signed=signed)
         per_channel = weight is not None and self.per_channel
         channels = 1
         if weight is not None and per_channel:
@@ -243,7 +259,7 @@ class InsertFakeQuant(GraphPass):
             node=place.node,
             users=place.users,
             bits=bits,
-            signed=weight is not None,
+            signed=signed,
             channel_dim=weight.channel_dim if weight is not None and per_channel else None,
             channels=channels,
             batch_norm=place.batch_norm,
@@ -251,6 +267,7 @@ class InsertFakeQuant(GraphPass):
             momentum=1.0 if weight is not None else self.momentum,
             qat=self.qat,
             bias_apart=place.bias_apart,
+            power_of_two=self.power_of_two,
         )
 
 

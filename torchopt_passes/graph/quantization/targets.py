@@ -110,6 +110,7 @@ class Target:
         bias_apart: kinds that run in int8 only without a bias (it is added behind them), when their result is 2-D.
         follow: operations that move rounded values without leaving the grid: their results share its scale.
         fold_weights: whether converted weights are stored as integers (else rounded in the graph).
+        no_grid: grids its kernels cannot take, ``"int8 activations"`` or ``"uint8 weights"`` -> why.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Target:
     bias_apart: frozenset[str]
     follow: frozenset[object] = field(repr=False)
     fold_weights: bool = True
+    no_grid: dict[str, str] = field(default_factory=dict[str, str])
 
 
 _COMMON = {
@@ -147,6 +149,10 @@ TARGETS: dict[str, Target] = {
             rounded_adds="other",
             bias_apart=frozenset(),
             follow=_MAX_POOLS | {aten.flatten.using_ints, aten.cat.default},
+            no_grid={
+                "int8 activations": "its kernels take uint8 activations alone",
+                "uint8 weights": "its kernels take int8 weights alone",
+            },
         ),
         # ONNX Runtime: QLinearConv exists with an int8 output alone; MatMul and Gemm may return float, Gemm (which 2-D
         # linears become) only without a float bias
