@@ -51,6 +51,7 @@ from .graph.pruning import ResizeAttribute as ResizeAttribute
 from .graph.pruning.pruned_files import load_pruned as load_pruned
 from .graph.removal_proof import verify_removal as verify_removal
 from .graph.quantization import Calibrate as Calibrate
+from .graph.quantization import ClusterWeights as ClusterWeights
 from .graph.quantization import ConvertQuantized as ConvertQuantized
 from .graph.quantization import InsertFakeQuant as InsertFakeQuant
 from .graph.quantization import set_fake_quant as set_fake_quant

@@ -12,6 +12,7 @@ import torchopt_passes as top
 from tests.models import ZOO, build
 from torchopt_passes.graph.fusion import FuseBatchNorm
 from torchopt_passes.graph.quantization import Calibrate, ConvertQuantized, InsertFakeQuant
+from torchopt_passes.graph.quantization.cluster_weights import ClusterWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,19 @@ CASES: dict[str, PassCase] = {
     ),
     "convert_quantized": PassCase(
         make=ConvertQuantized, before=(_prepare, _calibrate), keeps_objects=False, bad=({"fold_weights": 1},)
+    ),
+    # a clustered weight is computed from a codebook, which is left alone the second time
+    "cluster_weights": PassCase(
+        make=lambda: ClusterWeights(bits=2, weighted="activation", min_numel=16),
+        calibrated=True,
+        bad=(
+            {"bits": 9},
+            {"bits": 1, "grid": "log"},
+            {"overrides": {"fc": 0}},
+            {"granularity": "row"},
+            {"outliers": 0.6},
+            {"group_size": 1},
+        ),
     ),
     "pipeline": PassCase(make=lambda: top.Pipeline(_prune()), bad=({"passes": [{"no_such_pass": {}}]},)),
 }
