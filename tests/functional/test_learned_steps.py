@@ -102,7 +102,7 @@ def test_lsq_on_a_grid_with_a_fixed_zero_point() -> None:
     step = torch.tensor([0.3], requires_grad=True)
     out = lsq(x, step, 0, 15, zero_point=torch.tensor([5], dtype=torch.int32))
     out.sum().backward()
-    slow = [slow_lsq(float(v), 0.3, 5, 10) for v in x]
+    slow = [slow_lsq(v, 0.3, 5, 10) for v in x.tolist()]
     torch.testing.assert_close(out, torch.tensor([v for v, _, _ in slow]))
     assert grad_of(x).tolist() == [g for _, _, g in slow]
     assert float(grad_of(step)) == pytest.approx(sum(g for _, g, _ in slow), rel=1e-4)
