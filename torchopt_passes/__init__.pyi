@@ -54,6 +54,12 @@ from .graph.quantization import Calibrate as Calibrate
 from .graph.quantization import ClusterWeights as ClusterWeights
 from .graph.quantization import ConvertQuantized as ConvertQuantized
 from .graph.quantization import InsertFakeQuant as InsertFakeQuant
+from .graph.quantization import CorrectBias as CorrectBias
+from .graph.quantization import EqualizeLayers as EqualizeLayers
+from .graph.quantization import ReestimateBatchNorm as ReestimateBatchNorm
+from .graph.quantization import ScaleWeights as ScaleWeights
+from .graph.quantization import SmoothActivations as SmoothActivations
+from .graph.quantization import SplitOutliers as SplitOutliers
 from .graph.quantization import set_fake_quant as set_fake_quant
 from .graph.quantization import set_observers as set_observers
 from .graph.registry import make_pass as make_pass

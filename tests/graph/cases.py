@@ -11,7 +11,17 @@ from torch import fx
 import torchopt_passes as top
 from tests.models import ZOO, build
 from torchopt_passes.graph.fusion import FuseBatchNorm
-from torchopt_passes.graph.quantization import Calibrate, ConvertQuantized, InsertFakeQuant
+from torchopt_passes.graph.quantization import (
+    Calibrate,
+    ConvertQuantized,
+    CorrectBias,
+    EqualizeLayers,
+    InsertFakeQuant,
+    ReestimateBatchNorm,
+    ScaleWeights,
+    SmoothActivations,
+    SplitOutliers,
+)
 from torchopt_passes.graph.quantization.cluster_weights import ClusterWeights
 
 
@@ -96,6 +106,49 @@ CASES: dict[str, PassCase] = {
     ),
     "convert_quantized": PassCase(
         make=ConvertQuantized, before=(_prepare, _calibrate), keeps_objects=False, bad=({"fold_weights": 1},)
+    ),
+    # repair passes make new tensors too, so that the source stays as it is
+    "reestimate_batch_norm": PassCase(
+        make=ReestimateBatchNorm,
+        models=("conv_residual",),
+        calibrated=True,
+        keeps_objects=False,
+        bad=({"order": "backwards"}, {"max_batches": 0}),
+    ),
+    "equalize_layers": PassCase(
+        make=EqualizeLayers,
+        models=("conv_residual",),
+        keeps_objects=False,
+        bad=({"relu6": "gelu"}, {"max_sweeps": 0}),
+    ),
+    "correct_bias": PassCase(
+        make=CorrectBias,
+        before=(_prepare, _calibrate),
+        calibrated=True,
+        keeps_objects=False,
+        bad=({"max_batches": 0},),
+    ),
+    "smooth_activations": PassCase(
+        make=SmoothActivations,
+        models=("conv_residual", "attention"),
+        calibrated=True,
+        keeps_objects=False,
+        bad=({"alpha": 1.5}, {"max_batches": 0}),
+    ),
+    # tries exponents on what it scaled: a weight that it scaled is left alone the second time
+    "scale_weights": PassCase(
+        make=ScaleWeights,
+        models=("attention",),
+        calibrated=True,
+        keeps_objects=False,
+        bad=({"bits": 9}, {"group_size": -1}, {"grid": 0}, {"min_gain": 1.0}, {"max_batches": 0}),
+    ),
+    # a weight that was split is left alone the second time: ratios do not add up
+    "split_outliers": PassCase(
+        make=lambda: SplitOutliers(ratio=0.1),
+        models=("attention",),
+        keeps_objects=False,
+        bad=({"ratio": 0.0}, {"ratio": 1.1}),
     ),
     # a clustered weight is computed from a codebook, which is left alone the second time
     "cluster_weights": PassCase(

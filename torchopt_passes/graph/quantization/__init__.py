@@ -5,7 +5,14 @@ from __future__ import annotations
 from torchopt_passes.graph.quantization.calibrate import Calibrate, SetObserverState
 from torchopt_passes.graph.quantization.cluster_weights import ClusterWeights
 from torchopt_passes.graph.quantization.convert_quantized import ConvertQuantized, LowerQuantizer
+from torchopt_passes.graph.quantization.correct_bias import CorrectBias
+from torchopt_passes.graph.quantization.equalize_layers import EqualizeLayers, ReplaceReLU6
 from torchopt_passes.graph.quantization.insert_fake_quant import FakeQuantize, InsertFakeQuant
+from torchopt_passes.graph.quantization.reestimate_batch_norm import ReestimateBatchNorm
+from torchopt_passes.graph.quantization.rescale import ScaleChannels, SetTensor
+from torchopt_passes.graph.quantization.scale_weights import ScaleWeights
+from torchopt_passes.graph.quantization.smooth_activations import SmoothActivations
+from torchopt_passes.graph.quantization.split_outliers import SplitChannels, SplitOutliers
 from torchopt_passes.graph.quantization.state import set_fake_quant, set_observers
 from torchopt_passes.graph.quantization.store_codebook import StoreCodebook
 
@@ -13,10 +20,20 @@ __all__ = [
     "Calibrate",
     "ClusterWeights",
     "ConvertQuantized",
+    "CorrectBias",
+    "EqualizeLayers",
     "FakeQuantize",
     "InsertFakeQuant",
     "LowerQuantizer",
+    "ReestimateBatchNorm",
+    "ReplaceReLU6",
+    "ScaleChannels",
+    "ScaleWeights",
     "SetObserverState",
+    "SetTensor",
+    "SmoothActivations",
+    "SplitChannels",
+    "SplitOutliers",
     "StoreCodebook",
     "set_fake_quant",
     "set_observers",

@@ -1,0 +1,180 @@
+"""Scales that are moved between layers so that both quantize better, pooled moments, and channel splitting."""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+
+from torchopt_passes.functional.affine import affine_qparams, dequantize, integer_range, min_max, quantize
+
+__all__ = [
+    "activation_scale",
+    "equalization_scale",
+    "pool_moments",
+    "round_groups",
+    "smoothing_scale",
+    "split_channels",
+    "split_outliers",
+]
+
+
+def equalization_scale(made: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """Return the scale of each channel between two layers with which both have the same range.
+
+    Formula, with r1 the range of what makes a channel and r2 of what reads it:
+        s = sqrt(r1 r2) / r2, so that r1 / s = r2 s = sqrt(r1 r2)
+    A channel that is zero on one side keeps the scale 1.
+
+    Args:
+        made: r1, largest absolute weight that makes each channel, shape [C].
+        read: r2, largest absolute weight that reads it, shape [C].
+
+    Source:
+        Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", equation 11.
+
+    Example:
+        >>> equalization_scale(torch.tensor([8.0, 0.0]), torch.tensor([2.0, 1.0]))
+        tensor([2., 1.])
+    """
+    scale = torch.sqrt(made * read) / read
+    return torch.where((made > 0) & (read > 0) & torch.isfinite(scale), scale, 1.0)
+
+
+def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Return the scale by which each input channel is divided, and its weights multiplied.
+
+    Formula:
+        s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
+    A channel that is zero on one side keeps the scale 1.
+
+    Args:
+        activation: max|X_j|, shape [C].
+        weight: max|W_j| over all weights that read the channel, shape [C].
+        alpha: 0 leaves the difficulty to the activations, 1 moves all of it into the weights.
+
+    Source:
+        Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
+        equation 4.
+
+    Example:
+        >>> smoothing_scale(torch.tensor([16.0]), torch.tensor([0.25]), 0.5)
+        tensor([8.])
+    """
+    scale = activation.pow(alpha) / weight.pow(1.0 - alpha)
+    return torch.where((activation > 0) & (weight > 0) & torch.isfinite(scale), scale, 1.0)
+
+
+def activation_scale(mean: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Return the scale by which the weights of salient channels grow before they are rounded.
+
+    Formula:
+        s_j = a_j^alpha, divided by sqrt(max(s) min(s)) so that the scales lie around 1; a_j = mean|X_j|
+
+    Args:
+        mean: mean|X_j|, shape [C]; zeros count as the smallest positive mean.
+        alpha: 0 gives ones.
+
+    Source:
+        Lin et al. 2023, "AWQ: Activation-aware Weight Quantization", equations 4 and 5; the division is that of the
+        authors' code.
+
+    Example:
+        >>> activation_scale(torch.tensor([1.0, 16.0]), 0.5)
+        tensor([0.5000, 2.0000])
+    """
+    positive = mean[mean > 0]
+    if not len(positive):
+        return torch.ones_like(mean)
+    scale = mean.clamp(min=float(positive.min())).pow(alpha)
+    return scale / torch.sqrt(scale.max() * scale.min())
+
+
+def round_groups(weight: torch.Tensor, bits: int, group_size: int = 0, *, symmetric: bool = True) -> torch.Tensor:
+    """Return a weight rounded to the nearest integers of a grid for each group of input channels.
+
+    Args:
+        weight: float, shape [out, in].
+        bits: 2 to 8.
+        group_size: input channels with one step, a divisor of `in`; 0 takes the whole row.
+        symmetric: whether the grid is symmetric about zero.
+
+    Example:
+        >>> round_groups(torch.tensor([[0.1, 0.7, 0.02, 0.07]]), bits=4, group_size=2)
+        tensor([[0.1000, 0.7000, 0.0200, 0.0700]])
+    """
+    rows = weight.reshape(-1, group_size or weight.shape[1])
+    low, high = integer_range(bits, signed=symmetric)
+    scale, zero_point = affine_qparams(*min_max(rows, 0), low, high, symmetric=symmetric)
+    return dequantize(quantize(rows, scale, zero_point, low, high, 0), scale, zero_point, 0).reshape(weight.shape)
+
+
+def pool_moments(
+    one: tuple[int, torch.Tensor, torch.Tensor], other: tuple[int, torch.Tensor, torch.Tensor]
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Return count, mean and sum of squared deviations of two samples together.
+
+    Formula, with d = mean_b - mean_a and n = n_a + n_b:
+        mean = mean_a + d n_b / n,  M2 = M2_a + M2_b + d^2 n_a n_b / n
+
+    Args:
+        one: count, mean [C], sum of squared deviations from the mean [C].
+        other: likewise.
+
+    Source:
+        Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
+    """
+    (n, mean, squares), (m, other_mean, other_squares) = one, other
+    difference, total = other_mean - mean, n + m
+    return (
+        total,
+        mean + difference * (m / total),
+        squares + other_squares + difference.square() * (n * m / total),
+    )
+
+
+def split_outliers(size: torch.Tensor, count: int) -> tuple[int, ...]:
+    """Return which channel is split at each of `count` steps: the one with the largest weight then, which is halved.
+
+    A channel may be split more than once: split k times it stands k + 1 times, each with 1 / (k + 1) of the weight
+    when its copies share it evenly; as in the paper the largest copy is halved, so shares are 1/2, 1/4, 1/4, ...
+
+    Args:
+        size: largest absolute weight of each channel, shape [C].
+        count: how many channels are added.
+
+    Source:
+        Zhao et al. 2019, "Improving Neural Network Quantization without Retraining using Outlier Channel Splitting",
+        sections 3.2 and 3.4.
+
+    Example:
+        >>> split_outliers(torch.tensor([1.0, 8.0, 3.0]), 2)
+        (1, 1)
+    """
+    heap = [(-value, channel, channel) for channel, value in enumerate(size.tolist())]
+    heapq.heapify(heap)
+    chosen: list[int] = []
+    for step in range(count):
+        value, place, channel = heapq.heappop(heap)
+        chosen.append(place)
+        heapq.heappush(heap, (value / 2, place, channel))
+        heapq.heappush(heap, (value / 2, len(size) + step, channel))
+    return tuple(chosen)
+
+
+def split_channels(weight: torch.Tensor, dim: int, chosen: tuple[int, ...]) -> torch.Tensor:
+    """Return a weight that reads duplicated channels: each chosen channel is halved and stands once more at the end.
+
+    Formula:
+        w x = (w / 2) x + (w / 2) x
+
+    Args:
+        weight: any shape.
+        dim: its input channels.
+        chosen: what `split_outliers` gave; a number past the channels is a copy made at an earlier step.
+    """
+    parts = list(weight.unbind(dim))
+    for place in chosen:
+        parts[place] = parts[place] / 2
+        parts.append(parts[place])
+    return torch.stack(parts, dim)
