@@ -82,7 +82,8 @@ def rounding_error(
         r = u.round().clamp_(grid.quant_min, grid.quant_max)
         u.sub_(r)
         integral = r.div_(12).add_(u * u * u, alpha=1 / 3)
-        errors.append((integral.diff(dim=1) @ density) * scale.squeeze(1) ** 3)
+        # a sum, not a matrix product: the same bits however many ranges there are
+        errors.append(integral.diff(dim=1).mul_(density).sum(1) * scale.squeeze(1) ** 3)
     return torch.cat(errors)
 
 
