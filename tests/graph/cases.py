@@ -163,6 +163,14 @@ CASES: dict[str, PassCase] = {
             {"group_size": 1},
         ),
     ),
+    # the graph shares its tensors with the source, which stays as it is: rounded weights are new ones
+    "round_weights": PassCase(
+        make=lambda: top.RoundWeights(),
+        before=(_prepare, _calibrate),
+        calibrated=True,
+        keeps_objects=False,
+        bad=({"damping": 0.0}, {"max_batches": 0}, {"act_order": 1}),
+    ),
     "pipeline": PassCase(make=lambda: top.Pipeline(_prune()), bad=({"passes": [{"no_such_pass": {}}]},)),
 }
 

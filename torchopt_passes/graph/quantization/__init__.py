@@ -10,6 +10,7 @@ from torchopt_passes.graph.quantization.equalize_layers import EqualizeLayers, R
 from torchopt_passes.graph.quantization.insert_fake_quant import FakeQuantize, InsertFakeQuant
 from torchopt_passes.graph.quantization.reestimate_batch_norm import ReestimateBatchNorm
 from torchopt_passes.graph.quantization.rescale import ScaleChannels, SetTensor
+from torchopt_passes.graph.quantization.round_weights import RoundWeights
 from torchopt_passes.graph.quantization.scale_weights import ScaleWeights
 from torchopt_passes.graph.quantization.smooth_activations import SmoothActivations
 from torchopt_passes.graph.quantization.split_outliers import SplitChannels, SplitOutliers
@@ -27,6 +28,7 @@ __all__ = [
     "LowerQuantizer",
     "ReestimateBatchNorm",
     "ReplaceReLU6",
+    "RoundWeights",
     "ScaleChannels",
     "ScaleWeights",
     "SetObserverState",
