@@ -54,6 +54,7 @@ from .graph.quantization import Calibrate as Calibrate
 from .graph.quantization import ClusterWeights as ClusterWeights
 from .graph.quantization import ConvertQuantized as ConvertQuantized
 from .graph.quantization import InsertFakeQuant as InsertFakeQuant
+from .graph.quantization import LearnSteps as LearnSteps
 from .graph.quantization import CorrectBias as CorrectBias
 from .graph.quantization import EqualizeLayers as EqualizeLayers
 from .graph.quantization import ReestimateBatchNorm as ReestimateBatchNorm

@@ -111,17 +111,18 @@ def test_lsq_on_a_grid_with_a_fixed_zero_point() -> None:
 def test_lsq_finds_a_good_step() -> None:
     w = torch.randn(2000, generator=GENERATOR)
     step = lsq_initial_step(w, 1).requires_grad_()
-    start = float((lsq(w, step, -1, 1) - w).square().mean())
+
+    def error(of: torch.Tensor) -> float:
+        return (lsq(w, of.detach(), -1, 1) - w).square().mean().item()
+
+    start = error(step)
     optimizer = torch.optim.SGD([step], lr=0.2)
     for _ in range(60):
         optimizer.zero_grad()
         (lsq(w, step, -1, 1) - w).square().mean().backward()
         optimizer.step()
-    best = min(
-        float((lsq(w, torch.tensor([s]), -1, 1) - w).square().mean()) for s in torch.arange(0.5, 2.5, 0.02).tolist()
-    )
-    end = float((lsq(w, step, -1, 1) - w).square().mean())
-    assert end < start and end <= best * 1.01
+    best = min(error(torch.tensor([s])) for s in torch.arange(0.5, 2.5, 0.02).tolist())
+    assert error(step) < start and error(step) <= best * 1.01
 
 
 @given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12), st.floats(0.25, 4.0, width=32), st.integers(2, 8))
@@ -188,7 +189,7 @@ def test_clipped_grids_are_their_papers(values: list[float], bits: int) -> None:
 
 def test_units_scale_the_clipped_grids() -> None:
     x = torch.randn(4, 9, generator=GENERATOR)
-    torch.testing.assert_close(dorefa_activations(x, 4, unit=2.5), dorefa_activations(x / 2.5, 4) * 2.5)
+    torch.testing.assert_close(dorefa_activations(x, 4, unit=torch.tensor([2.5])), dorefa_activations(x / 2.5, 4) * 2.5)
     unit = torch.tensor([0.5, 1.0, 2.0, 3.0])
     expected = wrpn_weights(x / unit[:, None], 4) * unit[:, None]
     torch.testing.assert_close(wrpn_weights(x, 4, dim=0, unit=unit), expected)

@@ -23,6 +23,7 @@ from torchopt_passes.graph.quantization import (
     SplitOutliers,
 )
 from torchopt_passes.graph.quantization.cluster_weights import ClusterWeights
+from torchopt_passes.graph.quantization.learn_steps import LearnSteps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,11 @@ CASES: dict[str, PassCase] = {
         calibrated=True,
         keeps_objects=False,
         bad=({"damping": 0.0}, {"max_batches": 0}, {"act_order": 1}),
+    ),
+    "learn_steps": PassCase(
+        make=lambda: LearnSteps(method="lsq+"),
+        before=(_prepare, _calibrate),
+        bad=({"method": "lsqq"}, {"weights": 1}, {"unit": "two"}),
     ),
     "pipeline": PassCase(make=lambda: top.Pipeline(_prune()), bad=({"passes": [{"no_such_pass": {}}]},)),
 }

@@ -218,13 +218,13 @@ def dorefa_weights(
     return straight_through((2 * r - 1) * factor, integers * (factor / levels)).to(w.dtype)
 
 
-def dorefa_activations(x: torch.Tensor, bits: int, *, unit: float = 1.0) -> torch.Tensor:
+def dorefa_activations(x: torch.Tensor, bits: int, *, unit: torch.Tensor | None = None) -> torch.Tensor:
     """Clip to [0, 1] and round to 2^k - 1 steps: x_q = round((2^k - 1) clip(x, 0, 1)) / (2^k - 1).
 
     Args:
         x: activation.
         bits: k.
-        unit: what stands for 1 (the paper's).
+        unit: what stands for 1, shape [1]; None for 1 (the paper's).
 
     Source:
         Zhou et al. 2016, equations 5 and 11.
@@ -234,7 +234,8 @@ def dorefa_activations(x: torch.Tensor, bits: int, *, unit: float = 1.0) -> torc
         tensor([0.0000, 0.3333, 1.0000])
     """
     levels = 2**bits - 1
-    return _clipped(x, torch.tensor([unit / levels], device=x.device), 0, levels, None)
+    step = (torch.ones(1, device=x.device) if unit is None else unit) / levels
+    return _clipped(x, step, 0, levels, None)
 
 
 def wrpn_weights(
@@ -262,7 +263,7 @@ def wrpn_weights(
     return _clipped(w, step, -top, top, dim)
 
 
-def wrpn_activations(x: torch.Tensor, bits: int, *, unit: float = 1.0) -> torch.Tensor:
+def wrpn_activations(x: torch.Tensor, bits: int, *, unit: torch.Tensor | None = None) -> torch.Tensor:
     """Clip to [0, 1] and round to 2^k - 1 steps, as DoReFa does; see `dorefa_activations`.
 
     Source:

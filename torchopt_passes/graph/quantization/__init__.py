@@ -8,6 +8,7 @@ from torchopt_passes.graph.quantization.convert_quantized import ConvertQuantize
 from torchopt_passes.graph.quantization.correct_bias import CorrectBias
 from torchopt_passes.graph.quantization.equalize_layers import EqualizeLayers, ReplaceReLU6
 from torchopt_passes.graph.quantization.insert_fake_quant import FakeQuantize, InsertFakeQuant
+from torchopt_passes.graph.quantization.learn_steps import LearnStep, LearnSteps
 from torchopt_passes.graph.quantization.reestimate_batch_norm import ReestimateBatchNorm
 from torchopt_passes.graph.quantization.rescale import ScaleChannels, SetTensor
 from torchopt_passes.graph.quantization.round_weights import RoundWeights
@@ -25,6 +26,8 @@ __all__ = [
     "EqualizeLayers",
     "FakeQuantize",
     "InsertFakeQuant",
+    "LearnStep",
+    "LearnSteps",
     "LowerQuantizer",
     "ReestimateBatchNorm",
     "ReplaceReLU6",

@@ -26,7 +26,7 @@ CONTAINER = "fake_quant"
 class FakeQuantizer(nn.Module):
     """Round a tensor to an integer grid and back, with the straight-through gradient.
 
-    Its whole state is six small buffers whose shapes never change, so that a prepared graph is saved, restored and
+    Its whole state is seven small buffers whose shapes never change, so that a prepared graph is saved, restored and
     copied exactly. Ranges are learned in training mode alone: running a model in eval mode changes nothing.
     A quantizer that has no range yet passes values through.
 
@@ -55,6 +55,7 @@ class FakeQuantizer(nn.Module):
     zero_point: torch.Tensor
     min_val: torch.Tensor
     max_val: torch.Tensor
+    bit_width: torch.Tensor
     fake_quant_enabled: torch.Tensor
     observer_enabled: torch.Tensor
 
@@ -73,18 +74,28 @@ class FakeQuantizer(nn.Module):
         enabled: bool = True,
     ) -> None:
         super().__init__()
-        self.bits, self.signed = bits, signed
+        self.signed = signed
         self.channel_dim, self.momentum, self.bn_eps = channel_dim, momentum, bn_eps
         self.bias_apart, self.power_of_two = bias_apart, power_of_two
-        self.quant_min, self.quant_max = integer_range(bits, signed=signed)
+        self.bits, (self.quant_min, self.quant_max) = bits, self.grid(bits)
+        self.rounded_share = 1.0
+        """The share of the entries, drawn in each forward, that are rounded in training; in eval mode all are."""
+        self._register_range(channels)
+        # width and flags are buffers so that checkpoints carry them; their mirrors spare a device sync in each forward
+        self.register_buffer("bit_width", torch.tensor([bits]))
+        self.register_buffer("fake_quant_enabled", torch.tensor([int(enabled)]))
+        self.register_buffer("observer_enabled", torch.tensor([int(observe)]))
+        self._enabled, self._observe, self._has_range = enabled, observe, False
+
+    def _register_range(self, channels: int) -> None:
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))
         self.register_buffer("min_val", torch.full((channels,), float("inf")))
         self.register_buffer("max_val", torch.full((channels,), float("-inf")))
-        # flags are buffers so that checkpoints carry them; the mirrors below spare a device sync in each forward
-        self.register_buffer("fake_quant_enabled", torch.tensor([int(enabled)]))
-        self.register_buffer("observer_enabled", torch.tensor([int(observe)]))
-        self._enabled, self._observe, self._has_range = enabled, observe, False
+
+    def grid(self, bits: int) -> tuple[int, int]:
+        """Return the smallest and largest integer of the grid of a width."""
+        return integer_range(bits, signed=self.signed)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,6 +134,17 @@ class FakeQuantizer(nn.Module):
         self._observe = enabled
         self.observer_enabled.fill_(int(enabled))
 
+    def set_bits(self, bits: int) -> None:
+        """Change the width of the integers: the range stays, scale and zero point follow."""
+        if bits == self.bits:
+            return
+        low, high = self.min_val.clone(), self.max_val.clone()
+        has_range = self.has_range
+        self.bits, (self.quant_min, self.quant_max) = bits, self.grid(bits)
+        self.bit_width.fill_(bits)
+        if has_range:
+            self.set_range(low, high)
+
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Set the range, and scale and zero point from it; both of shape [1] or [channels]."""
         self.min_val.copy_(low)
@@ -158,9 +180,20 @@ class FakeQuantizer(nn.Module):
         if not (observe or (self._enabled and self.has_range)):
             return x
         if var is None:
-            return self._quantize(x, observe)
+            return self._share(self._quantize(x, observe), x)
         scale = along(self.channel_scale(gamma, var), x.ndim, self.weight_dim)
-        return self._quantize(x * scale, observe) / scale if self._enabled else self._watch(x * scale, x)
+        folded = x * scale
+        return self._share(self._quantize(folded, observe), folded) / scale if self._enabled else self._watch(folded, x)
+
+    def on_grid(self, weight: torch.Tensor, dim: int | None) -> torch.Tensor:
+        """Return the values that a weight's integers are taken from: the weight itself.
+
+        Args:
+            weight: as it is stored, folded with its batch norm.
+            dim: its channel dimension, None for one scale.
+        """
+        del dim
+        return weight
 
     @property
     def weight_dim(self) -> int:
@@ -171,6 +204,11 @@ class FakeQuantizer(nn.Module):
         """Return s = gamma / sqrt(var + eps), shape [C]; 1 where gamma is 0: that channel is beta, whatever w is."""
         scale = batch_norm_scale(gamma, var, self.bn_eps)
         return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+    def _share(self, rounded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self.rounded_share == 1.0 or not self.training:
+            return rounded
+        return torch.where(torch.rand_like(x) < self.rounded_share, rounded, x)
 
     def _quantize(self, x: torch.Tensor, observe: bool) -> torch.Tensor:
         if observe and self.channel_dim is None and x.dtype is torch.float32 and not self.power_of_two:
@@ -207,6 +245,8 @@ class FakeQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.bits = int(self.bit_width)
+        self.quant_min, self.quant_max = self.grid(self.bits)
         self._enabled = bool(self.fake_quant_enabled)
         self._observe = bool(self.observer_enabled)
         self._has_range = False

@@ -130,6 +130,7 @@ def _lower_weight(
     if norms:
         scale = along(scale_of(graph_module, norms[0][1]), weight.ndim, quantizer.weight_dim)
         weight = (weight.double() * scale).to(weight.dtype)
+    weight = quantizer.on_grid(weight, dim)
     name = _parameter_name(source)
     for user in list(node.users):
         with graph.inserting_before(node):
