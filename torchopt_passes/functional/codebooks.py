@@ -56,7 +56,7 @@ def look_up(levels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
     Args:
         levels: (G, K), floating.
-        indices: (G, n), uint8.
+        indices: (G, n), integers.
 
     Returns:
         (G, n), dtype of the levels.
@@ -67,7 +67,7 @@ def look_up(levels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
                 [3., 3.]])
     """
     groups, size = levels.shape
-    positions = indices.to(torch.int32)
+    positions = indices if indices.dtype is torch.int32 else indices.to(torch.int32)
     if groups > 1:
         positions = positions + size * torch.arange(groups, dtype=torch.int32, device=levels.device).unsqueeze(1)
     table = at_least_float32(levels)

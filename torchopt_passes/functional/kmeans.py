@@ -18,6 +18,8 @@ __all__ = ["kmeans"]
 
 SKETCH = 32
 """So many points for each cluster stand for a group while starts are compared."""
+SOLVED = 1024
+"""So many points at most stand for a single group when its optimum is computed: the cost is K times their square."""
 BLOCK = 2**18
 """So many values of small groups are clustered at once: they stay in the cache."""
 
@@ -36,8 +38,9 @@ def kmeans(
 
     Formula: minimize sum_i h_i (w_i - c_a(i))^2, with a(i) the nearest centre. Steps, each exact on all values:
         boundaries b_k = (c_k + c_k+1) / 2;  c_k = sum h_i w_i / sum h_i over b_k-1 < w_i <= b_k.
-    Starts are compared on at most 32 K points of equal count; the best goes on with all values until no value
-    changes its cluster. A group with no more distinct values than clusters keeps them exactly.
+    Starts are compared on at most 32 K points (means of runs of equal count and of equal width); the best goes on with
+    all values until no value changes its cluster. For a single group one start is the optimum of such points, computed
+    by dynamic programming. A group with no more distinct values than clusters keeps them exactly.
 
     Args:
         values: (G, n), floating.
@@ -54,7 +57,8 @@ def kmeans(
 
     Source:
         Lloyd 1982, "Least squares quantization in PCM"; Arthur and Vassilvitskii 2007, "k-means++", section 2.2;
-        weighted as in Choi et al. 2017, "Towards the limit of network quantization", equation 7.
+        weighted as in Choi et al. 2017, "Towards the limit of network quantization", equation 7; Fisher 1958, "On
+        grouping for maximum homogeneity" (the optimum).
 
     Example:
         >>> kmeans(torch.tensor([[1.0, 1.2, 5.0, 5.2, 9.0]]), 3)
@@ -112,13 +116,19 @@ class _Sorted:
         return positions.double() if self.weights is None else self.weights.gather(1, positions)
 
     def sketch(self, size: int) -> _Sorted:
-        """Return groups of `size` points, each the mean of a run of equal count."""
-        count = self.values.shape[1]
-        edges = torch.linspace(0, count, size + 1, dtype=torch.float64, device=self.values.device).long()
-        edges = edges.expand(len(self.values), -1)
+        """Return groups of `size` points, the means of runs: half of the borders at equal counts, half at equal widths.
+
+        Points of equal count alone would melt the few values of a long tail into one.
+        """
+        count, device = self.values.shape[1], self.values.device
+        even = torch.linspace(0, count, size // 2 + 1, dtype=torch.float64, device=device).long()
+        low, high = self.values[:, :1], self.values[:, -1:]
+        steps = torch.linspace(0, 1, size - size // 2 + 2, dtype=self.values.dtype, device=device)[1:-1]
+        wide = torch.searchsorted(self.values, (low + (high - low) * steps).contiguous())
+        edges = torch.cat([even.expand(len(self.values), -1), wide], dim=1).sort(dim=1).values
         moments, weights = self.moments.gather(1, edges), self.weight_at(edges)
         mass = weights.diff(dim=1)
-        middle = self.values.gather(1, edges[:, :-1]).double()
+        middle = self.values.gather(1, edges[:, :-1].clamp(max=count - 1)).double()
         points = torch.where(mass > 0, moments.diff(dim=1) / mass.clamp(min=1e-300), middle)
         return _Sorted(points.to(self.values.dtype), moments, weights)
 
@@ -154,14 +164,48 @@ def _cluster(
     few = full.sketch(SKETCH * clusters) if values.shape[1] > SKETCH * clusters else full
     tried = few.repeat(restarts)
     centres = _lloyd(tried, _plus_plus(tried, clusters, keep_zero, generator), keep_zero, max_steps)
-    _, weight, moment = tried.sums(centres)
-    # the error is the sum of h w^2 less this
-    gain = (2 * centres * moment - centres.square() * weight).sum(1).view(restarts, groups)
-    best = gain.argmax(0)
+    best = _gain(tried, centres).view(restarts, groups).argmax(0)
     centres = centres.view(restarts, groups, -1)[best, torch.arange(groups, device=best.device)]
     if few is not full:
         centres = _lloyd(full, centres, keep_zero, max_steps)
+    if groups == 1 and clusters > 1 + keep_zero:
+        start = _optimum(full.sketch(SOLVED) if values.shape[1] > SOLVED else full, clusters - keep_zero)
+        start = torch.cat([start, start.new_zeros(1, int(keep_zero))], dim=1).sort(dim=1).values
+        solved = _lloyd(full, start, keep_zero, max_steps)
+        centres = solved if _gain(full, solved) > _gain(full, centres) else centres
     return _exact_where_few(full.values, centres, keep_zero)
+
+
+def _gain(points: _Sorted, centres: torch.Tensor) -> torch.Tensor:
+    """Return how much of sum h w^2 the centres explain: the error is the rest."""
+    _, weight, moment = points.sums(centres)
+    return (2 * centres * moment - centres.square() * weight).sum(1)
+
+
+def _optimum(points: _Sorted, clusters: int) -> torch.Tensor:
+    """Return the optimal centres of the points of one group, (1, K): every run is tried as the last cluster."""
+    values = points.values[0].double()
+    weights = torch.ones_like(values) if points.weights is None else points.weights[0].diff()
+    mass, moment, square = (_prefix((weights * values**power).unsqueeze(0))[0] for power in range(3))
+
+    def between(sums: torch.Tensor) -> torch.Tensor:
+        return sums.unsqueeze(0) - sums.unsqueeze(1)  # of the run from i to j
+
+    cost = between(square) - between(moment).square() / between(mass).clamp(min=1e-300)
+    cost = cost.clamp(min=0.0).masked_fill(torch.ones_like(cost, dtype=torch.bool).tril(-1), torch.inf)
+    least, cuts = cost[0], list[torch.Tensor]()
+    for _ in range(clusters - 1):
+        found = (least.unsqueeze(1) + cost).min(0)
+        least = found.values
+        cuts.append(found.indices)
+    end, centres = len(values), list[torch.Tensor]()
+    for begin in (*reversed(cuts), None):
+        start = 0 if begin is None else int(begin[end])
+        inside = mass[end] - mass[start]
+        mean = (moment[end] - moment[start]) / inside
+        centres.append(mean if bool(inside > 0) else values[min(start, len(values) - 1)])
+        end = start
+    return torch.stack(centres).unsqueeze(0).sort(dim=1).values
 
 
 def _plus_plus(points: _Sorted, clusters: int, keep_zero: bool, generator: torch.Generator) -> torch.Tensor:

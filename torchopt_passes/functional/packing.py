@@ -57,25 +57,25 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         count: how many there are.
 
     Returns:
-        uint8, shape [count].
+        int32, shape [count]: what lookups take, and ONNX has no shifts of bytes.
 
     Example:
         >>> unpack(pack(torch.tensor([5, 0, 7, 2, 6]), bits=3), bits=3, count=5)
-        tensor([5, 0, 7, 2, 6], dtype=torch.uint8)
+        tensor([5, 0, 7, 2, 6], dtype=torch.int32)
     """
     found: torch.Tensor | None = None
     start = 0
     for shift, width in _parts(bits):
         per_byte = 8 // width
         size = -(-count // per_byte)
-        run = packed if bits in (1, 2, 4, 8) else packed[start : start + size]
+        run = (packed if bits in (1, 2, 4, 8) else packed[start : start + size]).to(torch.int32)
         start += size
         if per_byte > 1:
             run = torch.cat([_field(run, i * width, width) for i in range(per_byte)])
             run = run if run.numel() == count else run[:count]
         run = torch.bitwise_left_shift(run, shift) if shift else run
         found = run if found is None else torch.bitwise_or(found, run)
-    return packed if found is None else found
+    return packed.to(torch.int32) if found is None else found
 
 
 def packed_size(count: int, bits: int) -> int:

@@ -11,6 +11,7 @@ graph (the same operations as nodes). For ``fc.weight`` the state dict has, in p
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -226,6 +227,8 @@ def store_in_module(module: nn.Module, fqn: str, weight: CodebookWeight, tensors
     """
     first: nn.Module | None = None
     for owner, name in _owners(module, fqn):
+        if first is not None:  # Transformers leaves what a module names here out of its files: one of tied tensors stays
+            owner._tied_weights_keys = {f"parametrizations.{name}": f"of {fqn}"}  # pyright: ignore
         parametrize.register_parametrization(owner, name, weight, unsafe=True)
         table: nn.ModuleDict = owner.parametrizations  # pyright: ignore[reportAssignmentType]
         if first is None:
@@ -253,10 +256,10 @@ def store_in_graph(
     if not reads:
         raise PlanError(f"the graph does not read {fqn}")
     holder = _holder(parameter, weight, tensors)
-    for owner, name in _owners(graph_module, fqn):
+    for number, (owner, name) in enumerate(_owners(graph_module, fqn)):
         if "parametrizations" not in owner._modules:
             owner.add_module("parametrizations", nn.Module())
-        owner.get_submodule("parametrizations").add_module(name, holder)
+        owner.get_submodule("parametrizations").add_module(name, _twin(holder) if number else holder)
     prefix = stored_parameters(fqn)[0].removesuffix(".original0")
     state = {f"{prefix}.{name}": tensor.detach() for name, tensor in holder.named_parameters()}
     state |= {f"{prefix}.{name}": buffer for name, buffer in holder.named_buffers()}
@@ -301,6 +304,17 @@ def _holder(parameter: torch.Tensor, weight: CodebookWeight, tensors: Sequence[t
         inner.register_buffer(name, buffer)
     holder.add_module("0", inner)
     return holder
+
+
+def _twin(holder: nn.Module) -> nn.Module:
+    """Return the holder for another name of a tied weight: the same parameters, and a copy of the indices.
+
+    A captured graph clones tied parameters in its state dict, which safetensors wants, but not tied buffers.
+    """
+    other = nn.Module()
+    other._parameters = dict(holder._parameters)
+    other.add_module("0", copy.deepcopy(holder.get_submodule("0")))
+    return other
 
 
 def _owners(module: nn.Module, fqn: str) -> list[tuple[nn.Module, str]]:
