@@ -61,6 +61,7 @@ from .graph.quantization import ReestimateBatchNorm as ReestimateBatchNorm
 from .graph.quantization import ScaleWeights as ScaleWeights
 from .graph.quantization import SmoothActivations as SmoothActivations
 from .graph.quantization import SplitOutliers as SplitOutliers
+from .graph.quantization import QuantizeWeights as QuantizeWeights
 from .graph.quantization import RoundWeights as RoundWeights
 from .graph.quantization import set_fake_quant as set_fake_quant
 from .graph.quantization import set_observers as set_observers

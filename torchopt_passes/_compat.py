@@ -24,6 +24,7 @@ __all__ = [
     "decomposed_ops",
     "fake_tensor_mode",
     "flat_inputs",
+    "integer_weight",
     "is_operator",
     "know_namedtuple",
     "load_structure",
@@ -36,6 +37,7 @@ __all__ = [
     "set_output_spec",
     "size_guards",
     "split_spec",
+    "tell_transformers",
 ]
 
 
@@ -257,3 +259,67 @@ def compiled_source(model: nn.Module) -> nn.Module | None:
     """Return the module that ``torch.compile`` wraps in `model`, or None if it is no compiled module."""
     source = getattr(model, "_orig_mod", None)
     return source if isinstance(source, nn.Module) else None
+
+
+def integer_weight(
+    integers: Any, scale: Any, zero_point: Any | None, *, bits: int, dtype: Any, in_linear: bool = True
+) -> Any:
+    """Return integers as a weight tensor of torchao's that runs on a CPU: w = s (q - z).
+
+    The constructors of torchao's tensors are no public interface. 8-bit symmetric weights with one scale for a row
+    become an ``Int8Tensor``, whose product needs no float weight; it forgets zero points there and runs in linears
+    alone, so all others become an ``IntxUnpackedToInt8Tensor``, a byte for each integer.
+
+    Args:
+        integers: int8, shape [out, in].
+        scale: shape [out, groups].
+        zero_point: shape [out, groups], or None for a symmetric grid.
+        bits: of the integers.
+        dtype: of the weight that it stands for.
+        in_linear: whether linears alone read it.
+    """
+    import torch
+    from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
+
+    columns = integers.shape[1]
+    if bits == 8 and zero_point is None and scale.shape[1] == 1 and in_linear:
+        return Int8Tensor(integers.clone(), scale.clone(), [1, columns], dtype)
+    zero: Any = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
+    if bool((zero == zero.round()).all()):
+        zero = zero.to(torch.int8)
+    block, width = (1, columns // scale.shape[1]), getattr(torch, f"int{bits}")
+    return IntxUnpackedToInt8Tensor(integers.clone(), scale.clone(), zero.clone(), width, block, dtype, None)
+
+
+def tell_transformers(model: nn.Module, bits: int, group_size: int) -> bool:
+    """Make a Transformers model save and load weights of torchao's, as if it had been loaded with them.
+
+    Without this ``save_pretrained`` fails on such weights. What a loaded tensor is stands in the file beside it, so
+    the configuration (one width for all) tells readers what it is about, and the loader only that torchao is needed.
+
+    Args:
+        model: any module; one that is no Transformers model is left alone.
+        bits: width of most weights.
+        group_size: columns in a group of most weights.
+
+    Returns:
+        Whether it is a Transformers model.
+    """
+    config = getattr(model, "config", None)
+    if config is None or "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel, TorchAoConfig
+
+    if not isinstance(model, PreTrainedModel):
+        return False
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    width = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(group_size))
+    settings: Any = TorchAoConfig(width)
+    told: Any = model
+    told.hf_quantizer = TorchAoHfQuantizer(settings, pre_quantized=True)
+    told.is_quantized, told.quantization_method = True, settings.quant_method
+    config.quantization_config = settings
+    return True

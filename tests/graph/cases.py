@@ -177,6 +177,15 @@ CASES: dict[str, PassCase] = {
         before=(_prepare, _calibrate),
         bad=({"method": "lsqq"}, {"weights": 1}, {"unit": "two"}),
     ),
+    # a source holds torchao's tensors, a graph integers and operations: their states differ, tests/.../test_weight_only
+    "quantize_weights": PassCase(
+        make=lambda: top.QuantizeWeights(bits=4, group_size=16, fit="gptq", head=True, embeddings=True),
+        before=(_prune,),
+        models=("attention", "tied_twice"),
+        calibrated=True,
+        keeps_objects=False,
+        bad=({"bits": 9}, {"bits": 1}, {"group_size": 4}, {"fit": "guess"}, {"damping": 0.0}, {"overrides": {"a": 1}}),
+    ),
     "pipeline": PassCase(make=lambda: top.Pipeline(_prune()), bad=({"passes": [{"no_such_pass": {}}]},)),
 }
 

@@ -9,6 +9,7 @@ from torchopt_passes.graph.quantization.correct_bias import CorrectBias
 from torchopt_passes.graph.quantization.equalize_layers import EqualizeLayers, ReplaceReLU6
 from torchopt_passes.graph.quantization.insert_fake_quant import FakeQuantize, InsertFakeQuant
 from torchopt_passes.graph.quantization.learn_steps import LearnStep, LearnSteps
+from torchopt_passes.graph.quantization.quantize_weights import QuantizeWeights
 from torchopt_passes.graph.quantization.reestimate_batch_norm import ReestimateBatchNorm
 from torchopt_passes.graph.quantization.rescale import ScaleChannels, SetTensor
 from torchopt_passes.graph.quantization.round_weights import RoundWeights
@@ -17,6 +18,7 @@ from torchopt_passes.graph.quantization.smooth_activations import SmoothActivati
 from torchopt_passes.graph.quantization.split_outliers import SplitChannels, SplitOutliers
 from torchopt_passes.graph.quantization.state import set_fake_quant, set_observers
 from torchopt_passes.graph.quantization.store_codebook import StoreCodebook
+from torchopt_passes.graph.quantization.store_integers import StoreIntegers
 
 __all__ = [
     "Calibrate",
@@ -29,6 +31,7 @@ __all__ = [
     "LearnStep",
     "LearnSteps",
     "LowerQuantizer",
+    "QuantizeWeights",
     "ReestimateBatchNorm",
     "ReplaceReLU6",
     "RoundWeights",
@@ -40,6 +43,7 @@ __all__ = [
     "SplitChannels",
     "SplitOutliers",
     "StoreCodebook",
+    "StoreIntegers",
     "set_fake_quant",
     "set_observers",
 ]

