@@ -136,8 +136,7 @@ def pool_moments(
 def split_outliers(size: torch.Tensor, count: int) -> tuple[int, ...]:
     """Return which channel is split at each of `count` steps: the one with the largest weight then, which is halved.
 
-    A channel may be split more than once: split k times it stands k + 1 times, each with 1 / (k + 1) of the weight
-    when its copies share it evenly; as in the paper the largest copy is halved, so shares are 1/2, 1/4, 1/4, ...
+    A channel may be split more than once: then one of its copies is halved again.
 
     Args:
         size: largest absolute weight of each channel, shape [C].

@@ -14,7 +14,13 @@ from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.batch_norm import BatchNorm, batch_norms
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
-from torchopt_passes.graph.quantization.layer_inputs import ChannelMoments, levels, several_times, watch_values
+from torchopt_passes.graph.quantization.layer_inputs import (
+    ChannelMoments,
+    levels,
+    required,
+    several_times,
+    watch_values,
+)
 from torchopt_passes.graph.quantization.rescale import SetTensor
 from torchopt_passes.graph.tensors import aliases, get_tensor
 
@@ -97,7 +103,7 @@ class ReestimateBatchNorm(GraphPass):
             watches = {name: _All(found) for name, found in watching.items()}
             watch_values(
                 graph_module,
-                several_times(context.calibration, "ReestimateBatchNorm") if layered else context.calibration or (),
+                (several_times if layered else required)(context.calibration, self.name),
                 watches,
                 state=state,
                 max_batches=self.max_batches,

@@ -12,10 +12,19 @@ from torchopt_passes.errors import PlanError
 from torchopt_passes.functional.affine import along
 from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.edit import Edit, Skip
-from torchopt_passes.graph.quantization.scale_pairs import Axis, Site, find_sites
+from torchopt_passes.graph.quantization.scale_pairs import Axis, Reader, Site, find_sites
 from torchopt_passes.graph.tensors import aliases, find_owner, get_tensor
 
-__all__ = ["SCALED_BY", "ScaleChannels", "SetTensor", "move_scale", "replace_tensor", "unscaled", "usable_sites"]
+__all__ = [
+    "SCALED_BY",
+    "ScaleChannels",
+    "SetTensor",
+    "Weights",
+    "move_scale",
+    "replace_tensor",
+    "unscaled",
+    "usable_sites",
+]
 
 SCALED_BY = "scaled_by"
 """The key of a node's meta that names the pass that has scaled a weight: one that searches must not search again."""
@@ -125,15 +134,45 @@ def unscaled(graph_module: fx.GraphModule, edits: Iterable[Edit]) -> dict[str, t
 
     Stored tensors are rounded to their dtype after scaling: what they would be without the scales is compared.
     """
-    stored: dict[str, torch.Tensor] = {}
-    scaled = [edit for edit in edits if isinstance(edit, ScaleChannels)]
-    for edit in scaled:
-        old = stored.get(edit.target)
-        stored[edit.target] = edit.on(get_tensor(graph_module, edit.target).detach() if old is None else old)
-    exact = {fqn: tensor.double() for fqn, tensor in stored.items()}
+    weights = Weights(graph_module)
+    scaled = [edit for edit in weights.scaled(edits) if isinstance(edit, ScaleChannels)]
+    exact = {edit.target: weights[edit.target].double() for edit in scaled}
     for edit in scaled:
         exact[edit.target] = edit.on(exact[edit.target], undo=True)
     return exact
+
+
+class Weights:
+    """The tensors of a graph as they are after some edits, which is left untouched.
+
+    Args:
+        graph_module: owner of the tensors.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._graph_module = graph_module
+        self._changed: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, fqn: str) -> torch.Tensor:
+        if fqn in self._changed:
+            return self._changed[fqn]
+        return get_tensor(self._graph_module, fqn).detach()
+
+    def scaled(self, edits: Iterable[Edit]) -> list[Edit]:
+        """Take edits into account, and return them."""
+        edits = list(edits)
+        for edit in edits:
+            if isinstance(edit, ScaleChannels):
+                self._changed[edit.target] = edit.on(self[edit.target])
+        return edits
+
+    def columns(self, reader: Reader) -> torch.Tensor:
+        """Return a reader's weight as a matrix, a column for each of its input channels."""
+        weight, axis = self[reader.axis.fqn], reader.axis
+        if axis.groups == 1:
+            return weight.movedim(axis.dim, -1).flatten(0, -2)
+        blocks = weight.flatten(2).unflatten(0, (axis.groups, -1))  # [groups, out, in, kernel]
+        return blocks.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
 
 
 def usable_sites(graph_module: fx.GraphModule, context: PassContext, **options: bool) -> tuple[list[Site], list[Skip]]:

@@ -13,9 +13,8 @@ from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.layer_inputs import SecondMoment, required, several_times, watch_values
-from torchopt_passes.graph.quantization.rescale import SCALED_BY, move_scale, unscaled, usable_sites
+from torchopt_passes.graph.quantization.rescale import SCALED_BY, Weights, move_scale, unscaled, usable_sites
 from torchopt_passes.graph.quantization.scale_pairs import Reader, Site
-from torchopt_passes.graph.quantization.smooth_activations import input_channels
 from torchopt_passes.graph.tensors import get_tensor
 
 __all__ = ["ScaleWeights"]
@@ -84,20 +83,21 @@ class ScaleWeights(GraphPass):
             else:
                 sites.append(site)
         edits: list[Edit] = []
-        parts = list(_parts(sites))
+        weights = Weights(graph_module)
+        parts = list(_parts(sites[::-1]))  # a weight that one place divides and another reads has its last rows then
         for part in parts:
             batches = (several_times if len(parts) > 1 else required)(context.calibration, "ScaleWeights")
             moments = {r.value: SecondMoment(r.read_dim) for site in part for r in site.readers}
             watch_values(graph_module, batches, moments, max_batches=self.max_batches, what="Measuring inputs")
             for site in part:
-                alpha, scale, before, after = self._search(graph_module, site, moments)
+                alpha, scale, before, after = self._search(weights, site, moments)
                 if after > before * (1.0 - self.min_gain) or alpha == 0.0:
                     gain = 0.0 if before == 0.0 else 1.0 - after / before
                     skips.append(Skip(target=site.name, reason=f"nothing to do: the best scale gains {gain:.1%}"))
                     continue
                 numbers = {"alpha": alpha, "error_before": before, "error_after": after}
                 reason = f"input of {site.partners} scaled by mean|x|^{alpha:g}"
-                edits += move_scale(site, scale, reason, numbers, self.name)
+                edits += weights.scaled(move_scale(site, scale, reason, numbers, self.name))
         return Plan(tuple(edits), tuple(skips))
 
     def reference_state(self, graph_module: fx.GraphModule, plan: Plan) -> Mapping[str, torch.Tensor]:
@@ -115,11 +115,11 @@ class ScaleWeights(GraphPass):
         return ""
 
     def _search(
-        self, graph_module: fx.GraphModule, site: Site, moments: Mapping[str, SecondMoment]
+        self, current: Weights, site: Site, moments: Mapping[str, SecondMoment]
     ) -> tuple[float, torch.Tensor, float, float]:
         """Return the best exponent, its scale, and the relative error of the outputs without and with it."""
         mean = site.per_channel([moments[r.value].magnitude.mean.cpu() for r in site.readers])
-        weights = [input_channels(graph_module, r).float() for r in site.readers]
+        weights = [current.columns(r).float() for r in site.readers]
         matrices = [moments[r.value].matrix.to(w.device) for r, w in zip(site.readers, weights, strict=True)]
         total = sum(_energy(w.double(), h) for w, h in zip(weights, matrices, strict=True)) or 1.0
         results: list[tuple[float, float, torch.Tensor]] = []

@@ -13,11 +13,9 @@ from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.layer_inputs import AbsMax, required, watch_values
-from torchopt_passes.graph.quantization.rescale import move_scale, unscaled, usable_sites
-from torchopt_passes.graph.quantization.scale_pairs import Reader
-from torchopt_passes.graph.tensors import get_tensor
+from torchopt_passes.graph.quantization.rescale import Weights, move_scale, unscaled, usable_sites
 
-__all__ = ["SmoothActivations", "input_channels"]
+__all__ = ["SmoothActivations"]
 
 _ENOUGH = 1e-3  # |log s| below which a scale changes nothing worth an edit
 
@@ -70,30 +68,19 @@ class SmoothActivations(GraphPass):
         batches = required(context.calibration, "SmoothActivations")
         watch_values(graph_module, batches, watches, max_batches=self.max_batches, what="Measuring activations")
         edits: list[Edit] = []
-        for site in sites:
+        weights = Weights(graph_module)
+        for site in reversed(sites):  # a weight that one place divides and another reads has its last rows then
             activation = site.per_channel([watches[r.value].largest.cpu() for r in site.readers])
-            weight = site.per_channel(
-                [input_channels(graph_module, r).abs().amax(0).float().cpu() for r in site.readers]
-            )
+            weight = site.per_channel([weights.columns(r).abs().amax(0).float().cpu() for r in site.readers])
             scale = smoothing_scale(activation, weight, self.alpha)
             if float(scale.log().abs().max()) < _ENOUGH:
                 skips.append(Skip(target=site.name, reason="nothing to do: it is smooth already"))
                 continue
             numbers = {"activation_max": float(activation.max()), "smoothed_max": float((activation / scale).max())}
             numbers |= {"alpha": self.alpha}
-            reason = f"input of {site.partners} smoothed"
-            edits += move_scale(site, scale, reason, numbers, self.name)
+            edits += weights.scaled(move_scale(site, scale, f"input of {site.partners} smoothed", numbers, self.name))
         return Plan(tuple(edits), tuple(skips))
 
     def reference_state(self, graph_module: fx.GraphModule, plan: Plan) -> Mapping[str, torch.Tensor]:
         """Return the tensors that give exactly the stored ones once they are scaled."""
         return unscaled(graph_module, plan.edits)
-
-
-def input_channels(graph_module: fx.GraphModule, reader: Reader) -> torch.Tensor:
-    """Return a reader's weight as a matrix, a column for each of its input channels."""
-    weight = get_tensor(graph_module, reader.axis.fqn).detach()
-    if reader.axis.groups > 1:
-        blocks = weight.flatten(2).unflatten(0, (reader.axis.groups, -1))  # [groups, out, in, kernel]
-        return blocks.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
-    return weight.movedim(reader.axis.dim, -1).flatten(0, -2)

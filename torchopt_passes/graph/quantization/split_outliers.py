@@ -14,9 +14,8 @@ from torchopt_passes.functional.equalization import split_channels, split_outlie
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
-from torchopt_passes.graph.quantization.rescale import replace_tensor, usable_sites
+from torchopt_passes.graph.quantization.rescale import Weights, replace_tensor, usable_sites
 from torchopt_passes.graph.quantization.scale_pairs import Site
-from torchopt_passes.graph.quantization.smooth_activations import input_channels
 from torchopt_passes.graph.tensors import get_tensor
 from torchopt_passes.graph.values import fill_values
 
@@ -128,7 +127,7 @@ class SplitOutliers(GraphPass):
     def _edit(self, graph_module: fx.GraphModule, site: Site) -> SplitChannels:
         (reader,) = site.readers
         weight = get_tensor(graph_module, reader.axis.fqn).detach()
-        largest = input_channels(graph_module, reader).abs().amax(0).float().cpu()
+        largest = Weights(graph_module).columns(reader).abs().amax(0).float().cpu()
         channels = split_outliers(largest, math.ceil(self.ratio * site.size))
         after = float(split_channels(weight, reader.axis.dim, channels).abs().max())
         return SplitChannels(
