@@ -1,7 +1,9 @@
 from .callbacks import Distillation as Distillation
+from .callbacks import GradualBits as GradualBits
 from .callbacks import GradualChannelPruning as GradualChannelPruning
 from .callbacks import GradualPruning as GradualPruning
 from .callbacks import KeepZeros as KeepZeros
+from .callbacks import QuantizationNoise as QuantizationNoise
 from .callbacks import QuantizationSchedule as QuantizationSchedule
 from .callbacks import attach as attach
 from .callbacks import lightning_callback as lightning_callback

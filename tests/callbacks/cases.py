@@ -14,6 +14,7 @@ from tests.callbacks.loops import (
     collate,
     conv_net,
     images,
+    narrow_net,
     quantized_net,
     ragged_tokens,
     tiny_bert,
@@ -22,12 +23,15 @@ from torchopt_passes import callbacks
 from torchopt_passes.callbacks import (
     Callback,
     Distillation,
+    GradualBits,
     GradualChannelPruning,
     GradualPruning,
     KeepZeros,
+    QuantizationNoise,
     QuantizationSchedule,
 )
 from torchopt_passes.functional.masks import magnitude_mask
+from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 
 
 def pruned_bert(dropout: float = 0.0) -> nn.Module:
@@ -39,6 +43,12 @@ def pruned_bert(dropout: float = 0.0) -> nn.Module:
     return model
 
 
+def widen(model: nn.Module) -> None:
+    """Give every grid 8 bits."""
+    for _, quantizer in fake_quantizers(model):
+        quantizer.set_bits(8)
+
+
 @dataclass(frozen=True)
 class Case:
     """Args:
@@ -47,6 +57,7 @@ class Case:
     data: the examples; not all of their labels count.
     extra_state: endings of the state_dict keys that the callback may add while it is installed.
     settled: the callback for which micro-batches do not see each other; None for `make`.
+    begun: brings a model to what it computes once the callback has begun; None for what it is.
     """
 
     make: Callable[[], Callback]
@@ -54,6 +65,14 @@ class Case:
     data: Callable[[int], Sequence[Example]] = field(default=ragged_tokens)
     extra_state: tuple[str, ...] = ()
     settled: Callable[[], Callback] | None = None
+    begun: Callable[[nn.Module], object] | None = None
+
+    def bare(self, dropout: float) -> nn.Module:
+        """The model as the callback lets it begin, without the callback."""
+        model = self.model(dropout)
+        if self.begun is not None:
+            self.begun(model)
+        return model
 
 
 CASES: dict[str, Case] = {
@@ -86,6 +105,8 @@ CASES: dict[str, Case] = {
     "Distillation-captured": Case(
         make=lambda: Distillation(conv_net(0.5, seed=7), form="ce", scale_t2=False), model=captured_net, data=images
     ),
+    "GradualBits": Case(make=lambda: GradualBits(start=1, end=5), model=narrow_net, data=images, begun=widen),
+    "QuantizationNoise": Case(make=lambda: QuantizationNoise(share=0.6, seed=3), model=quantized_net, data=images),
     "QuantizationSchedule": Case(
         make=lambda: QuantizationSchedule(observer_off=0.4, freeze_bn=0.6),
         model=quantized_net,

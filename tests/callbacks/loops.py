@@ -15,9 +15,10 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from torchopt_passes.callbacks import attach
 from torchopt_passes.callbacks.items import num_items_in_batch
+from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.batch_norm import freeze_batch_norms
 from torchopt_passes.graph.capture import CapturedModule, capture
-from torchopt_passes.graph.quantization import InsertFakeQuant
+from torchopt_passes.graph.quantization import InsertFakeQuant, LearnSteps
 from torchopt_passes.graph.quantization.state import set_observers
 
 Example = dict[str, torch.Tensor]
@@ -99,6 +100,17 @@ def _captured_once(dropout: float) -> CapturedModule:
 
 
 @functools.cache
+def _narrow_once(dropout: float) -> CapturedModule:
+    graph_module = captured_net(dropout)
+    InsertFakeQuant(target="onnx", weight_bits=4, activation_bits=5)(graph_module)
+    graph_module.train()
+    with torch.random.fork_rng(), torch.no_grad():
+        graph_module(**collate(images(4)))
+    LearnSteps(method="lsq+")(graph_module, PassContext(skip=("conv.*",)))
+    return graph_module
+
+
+@functools.cache
 def _quantized_once(dropout: float) -> CapturedModule:
     graph_module = captured_net(dropout)
     InsertFakeQuant(target="onnx")(graph_module)
@@ -106,6 +118,11 @@ def _quantized_once(dropout: float) -> CapturedModule:
     with torch.random.fork_rng(), torch.no_grad():
         graph_module(**collate(images(4)))
     return graph_module
+
+
+def narrow_net(dropout: float = 0.0) -> CapturedModule:
+    """The graph of a `ConvNet` on grids of 4 bits, their steps learned for all but the convolution."""
+    return copy.deepcopy(_narrow_once(dropout))
 
 
 def uncoupled(model: nn.Module) -> nn.Module:

@@ -182,7 +182,7 @@ def test_attaching_twice_is_refused(case: Case) -> None:
 
 @EVERY
 def test_evaluation_is_untouched(case: Case) -> None:
-    bare, model = case.model(0.1).eval(), case.model(0.1)
+    bare, model = case.bare(0.1).eval(), case.model(0.1)
     batch = collate(case.data(4))
     with attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [case.make()], total_steps=9):
         model.eval()
@@ -196,7 +196,7 @@ def test_evaluation_is_untouched(case: Case) -> None:
 def test_copies_and_pickles_of_the_student_are_plain_models(case: Case) -> None:
     model, callback = case.model(0.0), case.make()
     batch = collate(case.data(4))
-    expected = case.model(0.0).train()(**batch).loss
+    expected = case.bare(0.0).train()(**batch).loss
     with attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [callback], total_steps=9):
         model.train()
         assert torch.equal(copy.deepcopy(model)(**batch).loss, expected)

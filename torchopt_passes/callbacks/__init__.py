@@ -5,23 +5,27 @@ from __future__ import annotations
 from torchopt_passes.callbacks.attach import Session, attach
 from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.distillation import Distillation
+from torchopt_passes.callbacks.gradual_bits import GradualBits
 from torchopt_passes.callbacks.gradual_channel_pruning import GradualChannelPruning
 from torchopt_passes.callbacks.gradual_pruning import GradualPruning
 from torchopt_passes.callbacks.items import num_items_in_batch
 from torchopt_passes.callbacks.keep_zeros import KeepZeros
 from torchopt_passes.callbacks.lifecycle import LossTerm, Progress
 from torchopt_passes.callbacks.lightning import lightning_callback
+from torchopt_passes.callbacks.quantization_noise import QuantizationNoise
 from torchopt_passes.callbacks.quantization_schedule import QuantizationSchedule
 from torchopt_passes.callbacks.student import StudentCall
 
 __all__ = [
     "Callback",
     "Distillation",
+    "GradualBits",
     "GradualChannelPruning",
     "GradualPruning",
     "KeepZeros",
     "LossTerm",
     "Progress",
+    "QuantizationNoise",
     "QuantizationSchedule",
     "Session",
     "StudentCall",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,35 @@ from torchopt_passes.functional.affine import (
     min_max,
 )
 
-__all__ = ["CONTAINER", "FakeQuantizer", "fake_quantizers", "is_fake_quant"]
+__all__ = ["CONTAINER", "FakeQuantizer", "Noise", "fake_quantizers", "is_fake_quant"]
 
 CONTAINER = "fake_quant"
 """The submodule of a prepared graph that holds its fake-quantizers."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Which entries are rounded in training; in eval mode all are. A copy of a fake-quantizer has none.
+
+    Args:
+        share: the share of the entries.
+        seed: what they are drawn with.
+    """
+
+    share: float
+    seed: int
+
+    def chosen(self, x: torch.Tensor) -> torch.Tensor:
+        """Return True for the entries of `x` that are rounded; the same for the same seed and shape."""
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        return torch.rand(x.shape, generator=generator, device=x.device) < self.share
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """It belongs to the training that goes on, not to the model."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickle as the copy."""
+        return type(None), ()
 
 
 class FakeQuantizer(nn.Module):
@@ -78,8 +104,7 @@ class FakeQuantizer(nn.Module):
         self.channel_dim, self.momentum, self.bn_eps = channel_dim, momentum, bn_eps
         self.bias_apart, self.power_of_two = bias_apart, power_of_two
         self.bits, (self.quant_min, self.quant_max) = bits, self.grid(bits)
-        self.rounded_share = 1.0
-        """The share of the entries, drawn in each forward, that are rounded in training; in eval mode all are."""
+        self.noise: Noise | None = None
         self._register_range(channels)
         # width and flags are buffers so that checkpoints carry them; their mirrors spare a device sync in each forward
         self.register_buffer("bit_width", torch.tensor([bits]))
@@ -180,10 +205,10 @@ class FakeQuantizer(nn.Module):
         if not (observe or (self._enabled and self.has_range)):
             return x
         if var is None:
-            return self._share(self._quantize(x, observe), x)
+            return self._noisy(self._quantize(x, observe), x)
         scale = along(self.channel_scale(gamma, var), x.ndim, self.weight_dim)
         folded = x * scale
-        return self._share(self._quantize(folded, observe), folded) / scale if self._enabled else self._watch(folded, x)
+        return self._noisy(self._quantize(folded, observe), folded) / scale if self._enabled else self._watch(folded, x)
 
     def on_grid(self, weight: torch.Tensor, dim: int | None) -> torch.Tensor:
         """Return the values that a weight's integers are taken from: the weight itself.
@@ -205,10 +230,10 @@ class FakeQuantizer(nn.Module):
         scale = batch_norm_scale(gamma, var, self.bn_eps)
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
-    def _share(self, rounded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if self.rounded_share == 1.0 or not self.training:
+    def _noisy(self, rounded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self.noise is None or not self.training:
             return rounded
-        return torch.where(torch.rand_like(x) < self.rounded_share, rounded, x)
+        return torch.where(self.noise.chosen(x), rounded, x)
 
     def _quantize(self, x: torch.Tensor, observe: bool) -> torch.Tensor:
         if observe and self.channel_dim is None and x.dtype is torch.float32 and not self.power_of_two:

@@ -61,7 +61,6 @@ class LearnStep(Edit):
         old = dict(fake_quantizers(module))[self.quantizer]
         owner, _, name = self.quantizer.rpartition(".")
         learned = LearnedQuantizer(old, self.method, self.step, self.zero_point).to(old.scale.device)
-        learned.rounded_share = old.rounded_share
         module.get_submodule(owner)._modules[name] = learned
 
 
