@@ -14,7 +14,6 @@ from torchopt_passes.functional.equalization import (
     activation_scale,
     equalization_scale,
     pool_moments,
-    round_groups,
     smoothing_scale,
     split_channels,
     split_outliers,
@@ -84,27 +83,6 @@ def test_pooled_moments_are_those_of_everything(n: int, m: int, offset: float) -
     assert count == n + m
     torch.testing.assert_close(mean, both.mean(0), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(squares, (both - both.mean(0)).square().sum(0), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "group"), [(3, 0), (4, 4), (8, 2)])
-def test_round_groups_one_group_at_a_time(bits: int, group: int, symmetric: bool) -> None:
-    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(bits))
-    got = round_groups(weight, bits, group, symmetric=symmetric)
-    size = group or 8
-    for row in range(3):
-        for start in range(0, 8, size):
-            part = weight[row, start : start + size].double()
-            if symmetric:
-                levels = 2 ** (bits - 1) - 1
-                step = float(part.abs().max()) / levels
-                expected = [max(-levels, min(levels, round(v / step))) * step for v in part.tolist()]
-            else:
-                low, high = min(float(part.min()), 0.0), max(float(part.max()), 0.0)
-                step = (high - low) / (2**bits - 1)
-                zero = round(-low / step)
-                expected = [(max(0, min(2**bits - 1, round(v / step) + zero)) - zero) * step for v in part.tolist()]
-            assert got[row, start : start + size].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @settings(deadline=None)

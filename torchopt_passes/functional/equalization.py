@@ -6,13 +6,10 @@ import heapq
 
 import torch
 
-from torchopt_passes.functional.affine import affine_qparams, dequantize, integer_range, min_max, quantize
-
 __all__ = [
     "activation_scale",
     "equalization_scale",
     "pool_moments",
-    "round_groups",
     "smoothing_scale",
     "split_channels",
     "split_outliers",
@@ -88,25 +85,6 @@ def activation_scale(mean: torch.Tensor, alpha: float) -> torch.Tensor:
         return torch.ones_like(mean)
     scale = mean.clamp(min=float(positive.min())).pow(alpha)
     return scale / torch.sqrt(scale.max() * scale.min())
-
-
-def round_groups(weight: torch.Tensor, bits: int, group_size: int = 0, *, symmetric: bool = True) -> torch.Tensor:
-    """Return a weight rounded to the nearest integers of a grid for each group of input channels.
-
-    Args:
-        weight: float, shape [out, in].
-        bits: 2 to 8.
-        group_size: input channels with one step, a divisor of `in`; 0 takes the whole row.
-        symmetric: whether the grid is symmetric about zero.
-
-    Example:
-        >>> round_groups(torch.tensor([[0.1, 0.7, 0.02, 0.07]]), bits=4, group_size=2)
-        tensor([[0.1000, 0.7000, 0.0200, 0.0700]])
-    """
-    rows = weight.reshape(-1, group_size or weight.shape[1])
-    low, high = integer_range(bits, signed=symmetric)
-    scale, zero_point = affine_qparams(*min_max(rows, 0), low, high, symmetric=symmetric)
-    return dequantize(quantize(rows, scale, zero_point, low, high, 0), scale, zero_point, 0).reshape(weight.shape)
 
 
 def pool_moments(

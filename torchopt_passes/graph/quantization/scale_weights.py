@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from torchopt_passes.errors import ConfigError
-from torchopt_passes.functional.equalization import activation_scale, round_groups
+from torchopt_passes.functional.equalization import activation_scale
+from torchopt_passes.functional.groupwise import fit_range
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
@@ -34,7 +35,7 @@ class ScaleWeights(GraphPass):
     Args:
         bits: width of the integers that the weights will be rounded to.
         group_size: input channels with one step; 0 takes all of a row.
-        symmetric: whether the integers are symmetric about zero.
+        symmetric: whether the zero point is 0.
         grid: number of exponents between 0 and 1 that are tried.
         min_gain: share of the error by which it must fall, else the place is left alone.
         max_batches: at most so many batches of the context's `calibration`; None takes all.
@@ -136,8 +137,9 @@ class ScaleWeights(GraphPass):
 
     def _error(self, weight: torch.Tensor, reader: Reader, scale: torch.Tensor) -> torch.Tensor:
         factor = torch.where(reader.index < 0, 1.0, scale[reader.index]).to(weight)
-        rounded = round_groups(weight * factor, self.bits, self.group_size, symmetric=self.symmetric)
-        return (rounded / factor - weight).double()
+        scaled = weight * factor
+        grid = fit_range(scaled, self.bits, self.group_size or scaled.shape[1], symmetric=self.symmetric)
+        return (grid.round(scaled) / factor - weight).double()
 
 
 def _energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
