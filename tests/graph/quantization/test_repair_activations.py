@@ -164,8 +164,9 @@ def test_the_exponent_is_the_best_of_the_grid_by_the_outputs_themselves() -> Non
         outputs = [((x / s) @ q.T - x @ w.T).double().square().sum() for q, w in zip(rounded, weights, strict=True)]
         errors.append(float(sum(outputs)) / total)
     numbers = next(edit.numbers for edit in plan.edits if edit.target == "0.q.weight")
-    assert numbers["error_before"] == pytest.approx(errors[0], rel=1e-3)
-    assert numbers["error_after"] == pytest.approx(min(errors), rel=1e-3)
+    # the largest weight of a group lies on the border of two integers, so that the last bit of a scale decides
+    assert numbers["error_before"] == pytest.approx(errors[0], rel=0.02)
+    assert numbers["error_after"] == pytest.approx(min(errors), rel=0.02)
     assert numbers["alpha"] == errors.index(min(errors)) / 10
     assert min(errors) < 0.2 * errors[0]
 
