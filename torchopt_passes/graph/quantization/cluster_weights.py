@@ -146,7 +146,9 @@ class ClusterWeights(GraphPass):
         channel_dim = None if self.granularity == "tensor" else _channel_dim(fqn, weight, uses)
         if self.granularity != "tensor" and channel_dim is None:
             return Skip(target=fqn, reason="its uses do not agree on one output dimension: take granularity='tensor'")
-        layout = Layout(tuple(weight.shape), channel_dim, self.group_size if self.granularity == "group" else 0)
+        layout = Layout(tuple(weight.shape), channel_dim)
+        if self.granularity == "group" and self.group_size < layout.size:
+            layout = Layout(tuple(weight.shape), channel_dim, self.group_size)
         outliers = codebooks.largest(weight, self.outliers) if round(self.outliers * weight.numel()) else None
         edit = self._fit(fqn, weight, layout, bits, self._importance(weight, uses, moments, fqn), outliers, seed)
         if edit.size() >= weight.nbytes:

@@ -15,7 +15,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import fx, nn
@@ -227,7 +227,9 @@ def store_in_module(module: nn.Module, fqn: str, weight: CodebookWeight, tensors
     """
     first: nn.Module | None = None
     for owner, name in _owners(module, fqn):
-        if first is not None:  # Transformers leaves what a module names here out of its files: one of tied tensors stays
+        if (
+            first is not None
+        ):  # Transformers leaves what a module names here out of its files: one of tied tensors stays
             owner._tied_weights_keys = {f"parametrizations.{name}": f"of {fqn}"}  # pyright: ignore
         parametrize.register_parametrization(owner, name, weight, unsafe=True)
         table: nn.ModuleDict = owner.parametrizations  # pyright: ignore[reportAssignmentType]
@@ -275,15 +277,13 @@ def store_in_graph(
 
 def _insert(graph: fx.Graph, weight: CodebookWeight, state: dict[str, torch.Tensor]) -> fx.Node:
     """Add the nodes that read the state and compute the weight; return the last."""
-    options = {"layout": weight.layout, "bits": weight.bits, "keep_zero": weight.keep_zero}
     names = list(state)
     # parameters come before buffers: codebook, values, indices, outliers
     places = (0, 1) if len(names) == 2 else (0, 2, 1, 3)
-    arguments = [state[names[place]] for place in places]
-    traced = make_fx(partial(decode, **options), tracing_mode="fake", pre_dispatch=True)(*arguments)
+    arguments = tuple((tuple(t.shape), t.dtype, t.device) for t in (state[names[place]] for place in places))
     made: dict[fx.Node, fx.Node] = {}
     inputs = iter(places)
-    for node in traced.graph.nodes:
+    for node in _traced(arguments, weight.layout, weight.bits, weight.keep_zero).nodes:
         if node.op == "output":
             return made[node.args[0]]
         if node.op == "placeholder":
@@ -292,6 +292,16 @@ def _insert(graph: fx.Graph, weight: CodebookWeight, state: dict[str, torch.Tens
             made[node] = graph.node_copy(node, made.__getitem__)
         made[node].meta = {"val": node.meta["val"]}
     raise PlanError("the weight's computation has no output")
+
+
+@lru_cache(maxsize=64)
+def _traced(
+    arguments: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...], layout: Layout, bits: int, keep_zero: bool
+) -> fx.Graph:
+    """Return the operations of `decode`; the layers of a model have few different shapes."""
+    tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in arguments]
+    compute = partial(decode, layout=layout, bits=bits, keep_zero=keep_zero)
+    return make_fx(compute, tracing_mode="fake", pre_dispatch=True)(*tensors).graph
 
 
 def _holder(parameter: torch.Tensor, weight: CodebookWeight, tensors: Sequence[torch.Tensor]) -> nn.Module:
