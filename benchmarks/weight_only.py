@@ -52,7 +52,7 @@ def load() -> tuple[Any, Any]:
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
-    del model.config.quantization_config
+    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         delattr(model, name)
     return model, tokenizer
@@ -101,7 +101,7 @@ def arm(corpus: Path, name: str) -> dict[str, Any]:
     evaluated, calibrated = documents(corpus, tokenizer)
     row: dict[str, Any] = {"arm": name, "options": ARMS[name]}
     if ARMS[name]:
-        options = {"bits": 4, "group_size": 64} | ARMS[name]
+        options: dict[str, Any] = {"bits": 4, "group_size": 64} | ARMS[name]
         scaled = options.pop("scaled", False)
         started = time.perf_counter()
         graph = top.capture(model, (), {"input_ids": calibrated[0]}, prove=False)
@@ -114,7 +114,7 @@ def arm(corpus: Path, name: str) -> dict[str, Any]:
         plan = plan + top.QuantizeWeights(**options).plan(graph, context)
         row["fit_seconds"] = round(time.perf_counter() - started, 1)
         plan.apply(model)
-        stored = [edit for edit in plan.edits if edit.kind == "store_integers"]
+        stored: list[Any] = [edit for edit in plan.edits if edit.kind == "store_integers"]
         weights = sum(edit.integers.numel() for edit in stored)
         row |= {
             "weights_stored": len(stored),
@@ -140,7 +140,7 @@ def saved_and_generated(model: Any, ids: Any, torch: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        again: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
         same = bool(torch.equal(again(ids).logits, model(ids).logits))
         left = model.generate(ids[:, :32], max_new_tokens=8, do_sample=False, pad_token_id=0)
         right = again.generate(ids[:, :32], max_new_tokens=8, do_sample=False, pad_token_id=0)

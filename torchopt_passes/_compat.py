@@ -6,6 +6,7 @@ import copy
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import fx, nn
@@ -319,7 +320,18 @@ def tell_transformers(model: nn.Module, bits: int, group_size: int) -> bool:
     width = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(group_size))
     settings: Any = TorchAoConfig(width)
     told: Any = model
-    told.hf_quantizer = TorchAoHfQuantizer(settings, pre_quantized=True)
+
+    class Saver(TorchAoHfQuantizer):
+        """Leaves the second name of a tied weight out, as loading compares two by ``torch.equal``: torchao has none."""
+
+        def get_state_dict_and_metadata(self, model: Any) -> Any:
+            first: dict[int, str] = {}
+            pairs = model.named_parameters(remove_duplicate=False)
+            again = {name for name, tensor in pairs if first.setdefault(id(tensor), name) != name}
+            state = {name: tensor for name, tensor in model.state_dict().items() if name not in again}
+            return super().get_state_dict_and_metadata(SimpleNamespace(state_dict=lambda: state))
+
+    told.hf_quantizer = Saver(settings, pre_quantized=True)
     told.is_quantized, told.quantization_method = True, settings.quant_method
     config.quantization_config = settings
     return True

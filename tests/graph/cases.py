@@ -177,6 +177,21 @@ CASES: dict[str, PassCase] = {
         before=(_prepare, _calibrate),
         bad=({"method": "lsqq"}, {"weights": 1}, {"unit": "two"}),
     ),
+    "optimize_rounding": PassCase(
+        make=lambda: top.OptimizeRounding(steps=4),
+        before=(_prepare, _calibrate),
+        calibrated=True,
+        keeps_objects=False,
+        bad=({"steps": 0}, {"learning_rate": 0.0}, {"regularization": -1.0}, {"max_batches": 0}),
+    ),
+    "reconstruct_blocks": PassCase(
+        make=lambda: top.ReconstructBlocks(steps=4, fisher=True),
+        before=(_prepare, _calibrate),
+        models=("conv_residual", "attention"),
+        calibrated=True,
+        keeps_objects=False,
+        bad=({"steps": 0}, {"fisher": 1}, {"blocks": "layer1"}, {"max_batches": 0}),
+    ),
     # a source holds torchao's tensors, a graph integers and operations: their states differ, tests/.../test_weight_only
     "quantize_weights": PassCase(
         make=lambda: top.QuantizeWeights(bits=4, group_size=16, fit="gptq", head=True, embeddings=True),

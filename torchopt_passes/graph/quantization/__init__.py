@@ -9,7 +9,9 @@ from torchopt_passes.graph.quantization.correct_bias import CorrectBias
 from torchopt_passes.graph.quantization.equalize_layers import EqualizeLayers, ReplaceReLU6
 from torchopt_passes.graph.quantization.insert_fake_quant import FakeQuantize, InsertFakeQuant
 from torchopt_passes.graph.quantization.learn_steps import LearnStep, LearnSteps
+from torchopt_passes.graph.quantization.optimize_rounding import OptimizeRounding
 from torchopt_passes.graph.quantization.quantize_weights import QuantizeWeights
+from torchopt_passes.graph.quantization.reconstruct_blocks import ReconstructBlocks
 from torchopt_passes.graph.quantization.reestimate_batch_norm import ReestimateBatchNorm
 from torchopt_passes.graph.quantization.rescale import ScaleChannels, SetTensor
 from torchopt_passes.graph.quantization.round_weights import RoundWeights
@@ -31,7 +33,9 @@ __all__ = [
     "LearnStep",
     "LearnSteps",
     "LowerQuantizer",
+    "OptimizeRounding",
     "QuantizeWeights",
+    "ReconstructBlocks",
     "ReestimateBatchNorm",
     "ReplaceReLU6",
     "RoundWeights",

@@ -42,6 +42,7 @@ class Walk:
         self.graph = in_one_mode(graph_module.graph, training=False)
         self.nodes = [node for node in self.graph.nodes if node.op != "output"]
         self.position = {node: index for index, node in enumerate(self.graph.nodes)}
+        self._by_name = {node.name: node for node in self.graph.nodes}
         self._static = _static_nodes(graph_module, self.graph)
         self._last = {n: max((self.position[u] for u in n.users), default=-1) for n in self.nodes}
         self._at = 0
@@ -70,6 +71,24 @@ class Walk:
                 self._step(node, self.values[index], {})
                 self._forget(node, self.values[index])
         self._at = max(self._at, stop)
+
+    def twin(self, node: fx.Node) -> fx.Node:
+        """Return this walk's node for that of another walk through the same graph."""
+        return self._by_name[node.name]
+
+    def finish(self, batch: int, instead: Mapping[fx.Node, torch.Tensor]) -> Any:
+        """Run a batch from here to the end, on a copy of its values, and return the graph's first output.
+
+        Args:
+            batch: its number.
+            instead: values that stand in for those of nodes before here.
+        """
+        values = dict(self.values[batch]) | dict(instead)
+        for node in self.nodes[self._at :]:
+            self._step(node, values, {})
+        output: Any = self.graph.output_node().args[0]
+        first = output[0] if isinstance(output, list | tuple) else output
+        return self.load(first, values, {}) if isinstance(first, fx.Node) else first
 
     def input(self, batch: int, node: fx.Node, argument: int) -> Any:
         """Return the value of an argument of a node for a batch; the walk stands at the node."""

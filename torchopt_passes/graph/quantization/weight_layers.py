@@ -18,6 +18,7 @@ __all__ = ["WeightLayer", "find_layers"]
 
 aten = torch.ops.aten
 _SAME = {aten.detach.default, aten.alias.default, aten.contiguous.default, aten.clone.default}
+_TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _behind(graph_module: fx.GraphModule, node: Any) -> tuple[fx.Node, fx.Node |
     while isinstance(node, fx.Node) and node.op != "get_attr":
         if is_fake_quant(graph_module, node):
             rounding = node
-        elif node.target in (aten.t.default, aten.transpose.int, aten.permute.default):
+        elif node.target in _TRANSPOSES:
             if getattr(node.meta.get("val"), "ndim", 0) != 2:
                 return None
             flips += 1
@@ -146,7 +147,7 @@ def type_of(node: fx.Node) -> str:
         return "fake-quantizer"
     if node.target in KINDS:
         return "matrix operation"
-    if node.target in _SAME | {aten.t.default, aten.transpose.int, aten.permute.default}:
+    if node.target in _SAME | _TRANSPOSES:
         kinds = {type_of(user) for user in node.users}
         return kinds.pop() if len(kinds) == 1 else "several operations"
     return str(node.target).removeprefix("aten.").partition(".")[0]
