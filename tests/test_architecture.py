@@ -33,7 +33,9 @@ LAYERS: dict[str, set[str]] = {
     "__init__": set(),
 }
 FAMILIES = {"pruning", "quantization", "fusion", "partition"}
-SHOW_MAY_READ = {f"{NAME}.graph.{part}" for part in ("report", "plan", "cost", "compare", "edit")}
+SHOW_MAY_READ = {f"{NAME}.graph.{part}" for part in ("report", "plan", "cost", "compare", "edit")} | {
+    f"{NAME}.graph.quantization.{part}" for part in ("layer_report", "layer_histograms")
+}
 # optional package -> the only places that may import it
 OPTIONAL = {
     "transformers": {"callbacks", "_compat.py", "demo.py", "graph/_transformers.py"},

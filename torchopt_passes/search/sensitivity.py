@@ -180,7 +180,8 @@ def measure_sensitivity(
                 _by_outputs(runner, batches, missing, width, distance, measured)
             else:
                 figures = _by_noise(runner, batches) if by == "sqnr" else _by_loss(runner, batches, by, loss)
-                measured.put({_key(layer, width): figures[layer.name] for layer in missing})
+                # what training alone runs has no figure: its bits change nothing
+                measured.put({_key(layer, width): figures.get(layer.name, {"cost": 0.0}) for layer in missing})
     return Sensitivity(by=by, rows=tuple(_rows(layers, widths, measured)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from torchopt_passes._compat import flat_inputs
+from torchopt_passes.functional.affine import along
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.modes import in_one_mode
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fake_quantizers
@@ -19,10 +20,14 @@ from torchopt_passes.graph.quantization.operations import Operation
 from torchopt_passes.graph.quantization.targets import KINDS
 from torchopt_passes.graph.verify import in_eval_mode
 
-__all__ = ["Layer", "LayerRunner", "group_layers", "quantizer_behind"]
+__all__ = ["Layer", "LayerRunner", "RoundedWeight", "group_layers", "quantizer_behind"]
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
 """What is shown the result of a layer's operation: its name, the exact result, the result with the layer rounded."""
+
+
+Watch = Callable[[str, int, torch.Tensor, FakeQuantizer], None]
+"""What is shown the input of a layer: its name, the input's position, its exact value, what rounds it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,21 @@ class Layer:
     nodes: tuple[str, ...]
     has_weight: bool
     why_float: str = ""
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight as it lies on its grid: multiplied by the scale of its batch norm when that is folded in.
+
+    Args:
+        exact: before rounding.
+        rounded: after.
+        quantizer: what rounds it.
+    """
+
+    exact: torch.Tensor
+    rounded: torch.Tensor
+    quantizer: FakeQuantizer
 
 
 def group_layers(operations: Iterable[Operation]) -> tuple[Layer, ...]:
@@ -96,6 +116,8 @@ class LayerRunner(fx.Interpreter):
         """Names of the layers that are rounded."""
         self.visit: Visit | None = None
         """When given, is shown every layer's result, exact and rounded; what is computed behind it stays exact."""
+        self.watch: Watch | None = None
+        """When given, is shown every rounded input of every layer, exact, with its fake-quantizer."""
         self._layers = {node: layer for layer in layers for node in layer.nodes}
         self._quantizers = dict(fake_quantizers(prepared))
 
@@ -121,6 +143,11 @@ class LayerRunner(fx.Interpreter):
         layer = self._layers.get(n.name)
         if layer is None:
             return super().run_node(n)
+        if self.watch is not None:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            for position, module, _, _ in self._operands(n):
+                if not module.exact:
+                    self.watch(layer.name, position, args[position], module)
         if self.visit is None:
             return self._rounded(n) if layer.name in self.rounded else super().run_node(n)
         value = super().run_node(n)
@@ -134,15 +161,36 @@ class LayerRunner(fx.Interpreter):
         """Pass through every fake-quantizer: layers round for themselves."""
         return args[0] if target in self._quantizers else super().call_module(target, args, kwargs)
 
-    def _rounded(self, n: fx.Node) -> Any:
+    def quantizers(self, node: str) -> dict[int, FakeQuantizer]:
+        """Return what rounds the operands of a layer's operation, by the operand's position."""
+        (found,) = [n for n in self._of_eval_mode.nodes if n.name == node]
+        return {position: module for position, module, _, _ in self._operands(found)}
+
+    def weight(self, node: str) -> RoundedWeight | None:
+        """Return the weight of a layer's operation before and after rounding; None when it is not rounded."""
+        (found,) = [n for n in self._of_eval_mode.nodes if n.name == node]
+        for _, module, quantizer, _ in self._operands(found):
+            if module.exact:
+                exact, *norm = [self._static(arg, {}) for arg in quantizer.args]
+                rounded = _round(module, exact, *norm)
+                if norm:
+                    scale = along(module.channel_scale(*norm), exact.ndim, module.weight_dim)
+                    exact, rounded = exact * scale, rounded * scale
+                return RoundedWeight(exact.detach(), rounded.detach(), module)
+        return None
+
+    def _operands(self, n: fx.Node) -> Iterator[tuple[int, FakeQuantizer, fx.Node, list[fx.Node]]]:
+        """Yield each rounded operand: its position, what rounds it, the node of that, the moves behind it."""
         operands = KINDS[n.target]
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        changed = list(args)
         for position in (operands.activation, operands.weight):
             quantizer, moves = quantizer_behind(self.prepared, n.args[position])
-            if quantizer is None:
-                continue
-            module = self._quantizers[str(quantizer.target)]
+            if quantizer is not None:
+                yield position, self._quantizers[str(quantizer.target)], quantizer, moves
+
+    def _rounded(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        changed = list(args)
+        for position, module, quantizer, moves in self._operands(n):
             if module.exact:
                 changed[position] = self._weight(quantizer, moves, module)
             else:  # one scale: rounding before a move is rounding behind it
