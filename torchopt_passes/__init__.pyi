@@ -63,6 +63,8 @@ from .graph.quantization import ReestimateBatchNorm as ReestimateBatchNorm
 from .graph.quantization import ScaleWeights as ScaleWeights
 from .graph.quantization import SmoothActivations as SmoothActivations
 from .graph.quantization import SplitOutliers as SplitOutliers
+from .graph.quantization import OptimizeRounding as OptimizeRounding
+from .graph.quantization import ReconstructBlocks as ReconstructBlocks
 from .graph.quantization import QuantizeWeights as QuantizeWeights
 from .graph.quantization import RoundWeights as RoundWeights
 from .graph.quantization import set_fake_quant as set_fake_quant
