@@ -108,8 +108,12 @@ def _target(op: str, name: str) -> Any:
     return found
 
 
+# besides the mode: what ScaleWeights and SplitOutliers leave at a node, so that a second run finds it
+_KEPT = (ONLY, FROZEN, "stack_trace", "scaled_by", "split")
+
+
 def _meta_to_data(node: fx.Node) -> dict[str, Any]:
-    meta = {key: node.meta[key] for key in (ONLY, FROZEN, "stack_trace") if node.meta.get(key) is not None}
+    meta = {key: node.meta[key] for key in _KEPT if node.meta.get(key) is not None}
     if MODE_ARGS in node.meta:
         meta[MODE_ARGS] = [[key, _encode(pair)] for key, pair in node.meta[MODE_ARGS].items()]
     stack = node.meta.get("nn_module_stack") or {}
@@ -119,7 +123,7 @@ def _meta_to_data(node: fx.Node) -> dict[str, Any]:
 
 
 def _meta_from_data(data: dict[str, Any], made: dict[str, fx.Node]) -> dict[str, Any]:
-    meta = {key: data[key] for key in (ONLY, FROZEN, "stack_trace") if key in data}
+    meta = {key: data[key] for key in _KEPT if key in data}
     if MODE_ARGS in data:
         meta[MODE_ARGS] = {key: _decode(pair, made) for key, pair in data[MODE_ARGS]}
     if "nn_module_stack" in data:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +197,11 @@ def test_what_is_not_split_says_why() -> None:
     assert isinstance(prepare(model, [(x,)]), fx.GraphModule)
     with pytest.raises(top.ConfigError, match="before InsertFakeQuant"):
         SplitOutliers()(prepare(model, [(x,)]))
+
+
+def test_a_graph_that_was_saved_and_loaded_is_not_split_again(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    graph_module = top.capture(model, (torch.randn(2, 4),))
+    assert SplitOutliers(ratio=0.2)(graph_module).modified
+    again = top.load_captured(top.save_captured(graph_module, tmp_path / "graph"))
+    assert not SplitOutliers(ratio=0.2)(again).modified

@@ -15,13 +15,15 @@ from torchopt_passes.graph.batch_norm import BatchNorm, foldable_into
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers, is_fake_quant
-from torchopt_passes.graph.quantization.layer_inputs import ChannelMoments, levels, several_times, watch_values
+from torchopt_passes.graph.quantization.layer_inputs import ChannelMoments, several_times, watch_values
 from torchopt_passes.graph.quantization.operations import module_path
 from torchopt_passes.graph.quantization.rescale import SetTensor
 from torchopt_passes.graph.quantization.state import fake_quant_off, fake_quant_on
 from torchopt_passes.graph.quantization.targets import KINDS
+from torchopt_passes.graph.quantization.walk import Walk, walking
 from torchopt_passes.graph.tensors import aliases, get_tensor
 from torchopt_passes.graph.weights import parameter_behind
+from torchopt_passes.progress import track
 
 __all__ = ["CorrectBias"]
 
@@ -33,13 +35,14 @@ class CorrectBias(GraphPass):
     """Shift the bias of every rounded convolution and linear so that its channels have the mean they had in float.
 
     Works on a graph that `InsertFakeQuant` prepared and `Calibrate` gave its ranges. Layers are corrected in order,
-    each with those in front of it corrected, in as many runs over the data as layers follow each other. What is
-    corrected is the bias, or the bias of the batch norm behind where the layer has none; the batch norm stays in place.
+    each with those in front of it corrected, in one walk over the data. What is corrected is the bias, or the bias of
+    the batch norm behind where the layer has none; the batch norm stays in place.
 
     A corrected graph has other float biases: with rounding off it is no longer the model before.
 
     Args:
-        max_batches: at most so many batches of the context's `calibration`; None takes all.
+        max_batches: at most so many batches of the context's `calibration`; None takes all. All of them are in memory
+            with one layer's activations.
 
     Source:
         Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2 and
@@ -74,13 +77,14 @@ class CorrectBias(GraphPass):
         state: dict[str, torch.Tensor] = {}
         errors: dict[str, torch.Tensor] = {}
         with fake_quant_on(graph_module):
-            by_fqn = {place.bias: place for place in places}
-            for group in levels(graph_module, {place.node: place.bias for place in places}):
-                found = self._means(graph_module, [by_fqn[fqn] for fqn in group], batches, state)
-                for fqn in group:
-                    errors[fqn] = wanted[fqn] - found[fqn]
-                    old = get_tensor(graph_module, fqn).detach()
-                    state[fqn] = (old.double() + errors[fqn].to(old.device)).to(old.dtype)
+            with walking(graph_module, batches, "CorrectBias", self.max_batches) as inputs:
+                walk = Walk(graph_module, inputs)
+                ahead = sorted(places, key=lambda place: walk.position[walk.twin(place.node)])
+                for place in track(ahead, "Correcting biases"):
+                    errors[place.bias] = wanted[place.bias] - _mean(walk, place)
+                    old = get_tensor(graph_module, place.bias).detach()
+                    state[place.bias] = (old.double() + errors[place.bias].to(old.device)).to(old.dtype)
+                    walk.set(place.bias, state[place.bias])
             left = self._means(graph_module, places, batches, state)
         edits: list[Edit] = []
         for place in places:
@@ -115,6 +119,16 @@ class CorrectBias(GraphPass):
             graph_module, batches, watches, state=state, max_batches=self.max_batches, what="Correcting biases"
         )
         return {fqn: found.mean for fqn, (_, found) in moments.items()}
+
+
+def _mean(walk: Walk, place: _Place) -> torch.Tensor:
+    """Return the mean of each channel of a layer in the walk, which moves up to it."""
+    node, moments = walk.twin(place.node), ChannelMoments(place.dim)
+    walk.advance(node)
+    with torch.no_grad():
+        for batch in range(len(walk.values)):
+            moments(walk.run(batch, node, node, {})[node])
+    return moments.mean
 
 
 @dataclass(frozen=True)
