@@ -71,8 +71,7 @@ def lsq(
         zero_point = torch.round(-offset.detach() / step.detach()).clamp(quant_min, quant_max).to(torch.int32)
     elif zero_point is None:
         zero_point = torch.zeros_like(step, dtype=torch.int32)
-    value = fake_quantize(x.detach(), step.detach(), zero_point, quant_min, quant_max, dim)
-    return _Learned.apply(x, step, offset, value, zero_point, (quant_min, quant_max), dim, gradient_scale)  # pyright: ignore
+    return _Learned.apply(x, step, offset, zero_point, (quant_min, quant_max), dim, gradient_scale)  # pyright: ignore
 
 
 class _Learned(torch.autograd.Function):
@@ -82,7 +81,6 @@ class _Learned(torch.autograd.Function):
         x: torch.Tensor,
         step: torch.Tensor,
         offset: torch.Tensor | None,
-        value: torch.Tensor,
         zero_point: torch.Tensor,
         grid: tuple[int, int],
         dim: int | None,
@@ -90,7 +88,7 @@ class _Learned(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, step, zero_point)
         ctx.grid, ctx.dim, ctx.gradient_scale, ctx.with_offset = grid, dim, gradient_scale, offset is not None
-        return value.clone()
+        return fake_quantize(x, step, zero_point, *grid, dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -104,7 +102,7 @@ class _Learned(torch.autograd.Function):
         ends = (v + zero).clamp(low, high) if ctx.with_offset else torch.clamp(v, low - zero, high - zero)
         of_step = _sum(grad * torch.where(inside, torch.round(v) - v, ends), step, dim) * ctx.gradient_scale
         of_offset = _sum(grad * ~inside, step, dim) * ctx.gradient_scale if ctx.with_offset else None
-        return of_x, of_step, of_offset, None, None, None, None, None
+        return of_x, of_step, of_offset, None, None, None, None
 
 
 def _sum(values: torch.Tensor, like: torch.Tensor, dim: int | None) -> torch.Tensor:
