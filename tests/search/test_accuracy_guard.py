@@ -204,7 +204,7 @@ def test_bert_keeps_its_logits(tmp_path: Path) -> None:
     assert everything.met and len(everything.steps) == 1
     assert {row.weight_bits for row in everything.choice.layers} == {2}
     drop = -everything.metric * 0.8
-    result = keep_accuracy(graph_module, metric, context, drop=drop, start=2, sensitivity=order, max_evaluations=8)
+    result = keep_accuracy(graph_module, metric, context, drop=drop, start=2, sensitivity=order, max_evaluations=4)
     assert result.metric >= everything.metric
     assert result.met == (result.metric >= -drop)
     first = max(order.rows, key=lambda row: row.cost)
