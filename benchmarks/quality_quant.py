@@ -57,18 +57,21 @@ def bfloat16(suite: Suite, found: dict[str, Any]) -> Run:
     return run
 
 
-def ours(after: Callable[[], list[top.GraphPass]], target: str = "inductor", **calibrate: Any) -> Any:
-    """Make an arm: the usual passes, then the repairs."""
+def ours(*repairs: str, target: str = "inductor", **calibrate: Any) -> Any:
+    """Make an arm: what smooths, the usual passes, then what repairs."""
+    after: dict[str, Callable[[], top.GraphPass]] = {"gptq": top.RoundWeights, "bias": top.CorrectBias}
 
     def make(suite: Suite, found: dict[str, Any]) -> Run:
         args, kwargs = as_call(suite.calibration[0])
         graph = top.capture(copy.deepcopy(suite.model), args, kwargs, prove=False)
         context = top.PassContext(calibration=suite.calibration, prove=False)
+        if "smooth" in repairs:
+            top.SmoothActivations(insert=True)(graph, context)
         inserted = top.InsertFakeQuant(target=target, qat=False)(graph, context)
         found["float"] = {skip.target: skip.reason for skip in inserted.plan.skips}
         found["rounded_weights"] = sum(edit.signed for edit in inserted.plan.edits)  # pyright: ignore
         found["passes"] = []
-        for step in [top.Calibrate(**calibrate), *after()]:
+        for step in [top.Calibrate(**calibrate), *(after[name]() for name in repairs if name in after)]:
             step(graph, context)
             found["passes"].append(step.recipe())
         graph.eval()
@@ -142,12 +145,12 @@ ARMS: dict[str, Callable[[Suite, dict[str, Any]], Run]] = {
     "pt2e": pt2e,
     "onnxruntime QInt8": onnxruntime("QInt8"),
     "onnxruntime QUInt8": onnxruntime("QUInt8"),
-    "ours, calibrated": ours(list),
-    "ours, calibrated, onnx": ours(list, target="onnx"),
-    "ours, biases corrected": ours(lambda: [top.CorrectBias()]),
-    "ours, GPTQ": ours(lambda: [top.RoundWeights()]),
-    "ours": ours(lambda: [top.RoundWeights(), top.CorrectBias()]),
-    "ours, onnx": ours(lambda: [top.RoundWeights(), top.CorrectBias()], target="onnx"),
+    "ours, calibrated": ours(),
+    "ours, least squares": ours(method="mse"),
+    "ours, biases corrected": ours("bias"),
+    "ours, smoothed": ours("smooth", method="mse"),
+    "ours": ours("smooth", "gptq", "bias", method="mse"),
+    "ours, onnx": ours("smooth", "gptq", "bias", target="onnx", method="mse"),
 }
 
 

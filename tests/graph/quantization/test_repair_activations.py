@@ -202,3 +202,31 @@ def test_groups_must_fit_and_convolutions_are_left() -> None:
     conv = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     x = (torch.randn(2, 3, 4, 4),)
     assert "convolution" in str(ScaleWeights()(top.capture(conv, x), top.PassContext(calibration=[x])).report)
+
+
+def test_inputs_that_feed_a_residual_are_divided_explicitly() -> None:
+    class PostNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.one, self.two = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(x)
+            return x + self.one(x) * torch.sigmoid(self.two(x))
+
+    torch.manual_seed(0)
+    model, batches = PostNorm(), [(torch.randn(n, 6, WIDTH),) for n in (3, 5)]
+    with torch.no_grad():
+        model.norm.weight[OUTLIERS] *= 40.0
+        for linear in (model.one, model.two):
+            linear.weight[:, OUTLIERS] *= 0.1
+    graph_module = top.capture(model, batches[0]).eval()
+    plan = SmoothActivations(insert=True).plan(graph_module, top.PassContext(calibration=batches))
+    (divided,) = [edit for edit in plan.edits if edit.kind == "divide_input"]
+    x = torch.cat([model.norm(batch[0]).detach().flatten(0, 1) for batch in batches]).abs().amax(0)
+    w = torch.stack([model.one.weight, model.two.weight]).detach().abs().amax((0, 1))
+    torch.testing.assert_close(divided.scale, (x / w).sqrt())  # pyright: ignore[reportAttributeAccessIssue]
+    assert not SmoothActivations()(top.capture(model, batches[0]), top.PassContext(calibration=batches)).modified
+    before = int8_noise(model, batches)
+    after = int8_noise(model, batches, SmoothActivations(insert=True))
+    assert after > before + 6.0

@@ -12,8 +12,10 @@ from torchopt_passes.functional.equalization import smoothing_scale
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
+from torchopt_passes.graph.quantization.divide_input import DivideInput, SharedInput, find_inputs
 from torchopt_passes.graph.quantization.layer_inputs import AbsMax, required, watch_values
-from torchopt_passes.graph.quantization.rescale import Weights, move_scale, unscaled, usable_sites
+from torchopt_passes.graph.quantization.rescale import ScaleChannels, Weights, move_scale, unscaled, usable_sites
+from torchopt_passes.graph.quantization.scale_pairs import Site
 
 __all__ = ["SmoothActivations"]
 
@@ -27,10 +29,13 @@ class SmoothActivations(GraphPass):
     these linears alone read them. Linears of one value (query, key and value) share one scale. Besides a layer norm or
     RMS norm in front of linears those places are the values of attention in front of its output projection, and the
     up projection of a gated feed-forward block in front of its down projection. What feeds a residual stream too (the
-    norms of BERT) is left alone. Run it before `InsertFakeQuant`.
+    norms of BERT) is left alone, unless `insert` divides the inputs of the linears explicitly. Run it before
+    `InsertFakeQuant`.
 
     Args:
         alpha: how much of the difficulty moves into the weights: 0 none, 1 all of it.
+        insert: put a division in front of the linears whose scale cannot move anywhere: one element-wise operation
+            more in the captured graph, for each value that they read.
         max_batches: at most so many batches of the context's `calibration`; None takes all.
 
     Source:
@@ -49,6 +54,7 @@ class SmoothActivations(GraphPass):
     claim = "outputs equal the outputs before, with the scaled values rounded to the model's dtype"
 
     alpha: float = 0.5
+    insert: bool = False
     max_batches: int | None = None
 
     def check(self) -> None:
@@ -62,9 +68,11 @@ class SmoothActivations(GraphPass):
         """Measure the inputs of the linears, and choose the scales."""
         context = context or PassContext()
         sites, skips = usable_sites(graph_module, context)
-        if not sites:
+        inputs = self._inputs(graph_module, sites, context)
+        if not sites and not inputs:
             return Plan(skips=tuple(skips))
         watches = {r.value: AbsMax(r.read_dim) for site in sites for r in site.readers}
+        watches |= {shared.value.name: AbsMax(-1) for shared in inputs}
         batches = required(context.calibration, "SmoothActivations")
         watch_values(graph_module, batches, watches, max_batches=self.max_batches, what="Measuring activations")
         edits: list[Edit] = []
@@ -79,7 +87,35 @@ class SmoothActivations(GraphPass):
             numbers = {"activation_max": float(activation.max()), "smoothed_max": float((activation / scale).max())}
             numbers |= {"alpha": self.alpha}
             edits += weights.scaled(move_scale(site, scale, f"input of {site.partners} smoothed", numbers, self.name))
+        for shared in inputs:
+            edits += self._divide(shared, watches[shared.value.name].largest.cpu(), weights)
         return Plan(tuple(edits), tuple(skips))
+
+    def _inputs(self, graph_module: fx.GraphModule, sites: list[Site], context: PassContext) -> list[SharedInput]:
+        if not self.insert:
+            return []
+        taken = {reader.axis.fqn for site in sites for reader in site.readers}
+        found = find_inputs(graph_module, taken)
+        return [one for one in found if not any(context.skipped_by(fqn) for fqn, _ in one.weights)]
+
+    def _divide(self, shared: SharedInput, activation: torch.Tensor, weights: Weights) -> list[Edit]:
+        """Return the edits that divide a value and multiply the weights that read it; none where it is smooth."""
+        largest = [weights[fqn].movedim(dim, -1).flatten(0, -2).abs().amax(0) for fqn, dim in shared.weights]
+        scale = smoothing_scale(activation, torch.stack(largest).amax(0).float().cpu(), self.alpha)
+        if float(scale.log().abs().max()) < _ENOUGH:
+            return []
+        reason = f"input of {', '.join(fqn for fqn, _ in shared.weights)} divided: no norm or layer can take the scale"
+        numbers = {"activation_max": float(activation.max()), "smoothed_max": float((activation / scale).max())}
+        numbers |= {"alpha": self.alpha, "scale_min": float(scale.min()), "scale_max": float(scale.max())}
+        users = tuple(user.name for user in shared.users)
+        divided = DivideInput(
+            target=shared.value.name, reason=reason, numbers=numbers, users=users, scale=scale.clone()
+        )
+        scaled = [
+            ScaleChannels(target=fqn, reason=reason, numbers=numbers, dim=dim, scale=scale.clone(), by=self.name)
+            for fqn, dim in shared.weights
+        ]
+        return [divided, *weights.scaled(scaled)]
 
     def reference_state(self, graph_module: fx.GraphModule, plan: Plan) -> Mapping[str, torch.Tensor]:
         """Return the tensors that give exactly the stored ones once they are scaled."""
