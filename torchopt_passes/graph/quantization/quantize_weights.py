@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -71,7 +71,7 @@ class QuantizeWeights(GraphPass):
         symmetric: whether zero points are 0.
         embeddings: store embeddings too, and a head that is tied to one: they are one weight.
         head: store an untied head, the linear that gives the output.
-        overrides: globs on fqns or modules -> bits for those.
+        overrides: glob on fqns or modules -> bits, the first that matches.
         act_order: of ``"gptq"``: round the columns with the largest inputs first.
         damping: of ``"gptq"``: added to the Hessian's diagonal, as a share of its mean.
         max_batches: at most so many batches of the context's `calibration`; None takes all.
@@ -95,14 +95,14 @@ class QuantizeWeights(GraphPass):
     symmetric: bool = True
     embeddings: bool = False
     head: bool = False
-    overrides: dict[str, int] = field(default_factory=dict[str, int])
+    overrides: dict[str, int] | None = None
     act_order: bool = True
     damping: float = 0.01
     max_batches: int | None = None
 
     def check(self) -> None:
         """Refuse widths, sizes and shares that are none."""
-        for bits in (self.bits, *self.overrides.values()):
+        for bits in (self.bits, *(self.overrides or {}).values()):
             if not 2 <= bits <= 8:
                 raise ConfigError(f"QuantizeWeights: bits must be 2 to 8, not {bits}")
         if self.group_size is not None and self.group_size < 16:
@@ -115,7 +115,7 @@ class QuantizeWeights(GraphPass):
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Choose the weights, then fit them; see the class."""
         context = context or PassContext()
-        check_patterns(graph_module, tuple(self.overrides), "overrides")
+        check_patterns(graph_module, tuple(self.overrides or {}), "overrides")
         weights, skips = self._choose(graph_module, context)
         if not weights:
             skips = skips or [Skip(target="graph", reason="nothing to do: no linear has a float weight")]
@@ -165,8 +165,8 @@ class QuantizeWeights(GraphPass):
             if why:
                 skips.append(Skip(target=fqn, reason=why))
                 continue
-            chosen = matching_pattern(fqn, self.overrides)
-            bits = self.bits if chosen is None else self.overrides[chosen]
+            chosen = matching_pattern(fqn, tuple(self.overrides or {}))
+            bits = self.bits if chosen is None else (self.overrides or {})[chosen]
             note += "" if chosen is None else f", override {chosen!r}"
             if fqn in embedded:
                 note += ", embedding" if layer is None else ", embedding and the head tied to it: one weight"
