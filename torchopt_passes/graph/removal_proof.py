@@ -168,6 +168,8 @@ class _Masked(StateInterpreter):
         name = base_name(node)
         args = list(args)
         args[0] = _select(args[0], kept)
+        if name == "batch_norm":
+            return _spread(super().call_function(target, tuple(args), kwargs), kept)
         if name not in ("layer_norm", "rms_norm", "group_norm"):
             return super().call_function(target, tuple(args), kwargs)
         if name == "group_norm":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from tests.graph.pruning.blocks import Block
 from tests.graph.pruning.branches import Concat, Gate, Residual, Split, Twice
@@ -21,6 +22,7 @@ from tests.graph.pruning.conv_blocks import (
     Shift,
     SqueezeExcite,
 )
+from tests.graph.pruning.norms import Keeping
 from tests.graph.pruning.random_networks import Classifier, Images
 from tests.graph.pruning.token_blocks import Linear
 from tests.graph.pruning.zoo_case import Case, any_kind, blocks, case, channels, generated, places
@@ -53,6 +55,34 @@ def split(form: str, sizes: tuple[int, int] | None = None, number: int = 8) -> C
 def ordered(form: str, count: int = 1) -> Case:
     body = (Conv(8), RELU, ChannelOrder(form), LAST)
     return case(INPUT, body, any_kind(8, "blocks.0.weight:0*1", f"blocks.3.weight:1*{count}"))
+
+
+class Standardized(Keeping):
+    """A convolution whose weight is standardized by a batch norm of it (NFNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8, 3, 3))
+
+    def axis(self) -> tuple[torch.Tensor, int]:
+        return self.weight, 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight if self.kept is None else self.weight[:, self.kept]
+        x = x if self.kept is None else x[:, self.kept]
+        rows = weight.reshape(1, weight.shape[0], -1)
+        return functional.conv2d(x, functional.batch_norm(rows, None, None, training=True).reshape_as(weight))
+
+
+class StandardizedNet(nn.Module):
+    """Two convolutions around a standardized one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 8, 1), Standardized(), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.first(x)).relu())
 
 
 class Volumes(nn.Module):
@@ -177,6 +207,14 @@ IMAGES: dict[str, Case] = {
     "interleaved": case(INPUT, (Conv(8), Split((Conv(4),), (Conv(4),), "split", "interleave"), LAST)),
     "index_select": ordered("index_select"),
     "index": ordered("index"),
+    "standardized_weight": Case(
+        StandardizedNet,
+        generated(3, 6, 6),
+        (
+            channels(8, "first.weight:0*1", "middle.weight:1*1"),
+            channels(6, "middle.weight:0*1", "last.weight:1*1"),
+        ),
+    ),
     "flip_channels": ordered("flip"),
     "roll_channels": case(INPUT, (Conv(8), RELU, ChannelOrder("roll"), LAST)),
     "repeat_channels": ordered("repeat", 2),

@@ -66,11 +66,15 @@ def _loss(call: Call) -> AxisLabels:
 
 
 def _batch_norm(call: Call) -> Any:
+    """Statistics of each channel over all else: of what stays, also where a weight is standardized so (NFNets)."""
     x = call.of(call.tensors[0])
     for name in ("weight", "bias", "running_mean", "running_var"):
         labels = call.labels(name)
         if labels is not None:
             call.unify(x[1], labels[0])
+    spanned = tuple(axis for axis, ids in enumerate(x) if axis != 1 and ids.any())
+    if spanned:
+        call.axes.statistics[call.node] = spanned
     return x
 
 
