@@ -65,7 +65,8 @@ class QuantizeWeights(GraphPass):
         group_size: input columns of a row that share a scale; None for the whole row. Where it does not divide a
             weight's columns, the largest common divisor is taken (and reported), down to 16.
         fit: how integers and scales are chosen. ``"rtn"``: range and nearest; ``"mse"``: scales of the least squared
-            error; ``"hqq"``: of a sparse error; these need no data. ``"gptq"``: columns make up for each other's
+            error; ``"hqq"``: of a sparse error; these need no data (the last two clip outliers, which language models
+            need: the benchmark has them behind nearest). ``"gptq"``: columns make up for each other's
             errors in the outputs, on data, each layer on what the rounded layers before it give; ``"awq"``: channels
             with large inputs are scaled up first (`ScaleWeights`), then ``"mse"``.
         symmetric: whether zero points are 0.
@@ -91,7 +92,7 @@ class QuantizeWeights(GraphPass):
 
     bits: int = 8
     group_size: int | None = None
-    fit: Literal["rtn", "mse", "hqq", "gptq", "awq"] = "mse"
+    fit: Literal["rtn", "mse", "hqq", "gptq", "awq"] = "rtn"
     symmetric: bool = True
     embeddings: bool = False
     head: bool = False
