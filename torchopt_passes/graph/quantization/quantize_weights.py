@@ -68,7 +68,7 @@ class QuantizeWeights(GraphPass):
             error; ``"hqq"``: of a sparse error; these need no data (the last two clip outliers, which language models
             need: the benchmark has them behind nearest). ``"gptq"``: columns make up for each other's
             errors in the outputs, on data, each layer on what the rounded layers before it give; ``"awq"``: channels
-            with large inputs are scaled up first (`ScaleWeights`), then ``"mse"``.
+            with large inputs are scaled up first (`ScaleWeights`), then ``"rtn"``.
         symmetric: whether zero points are 0.
         embeddings: store embeddings too, and a head that is tied to one: they are one weight.
         head: store an untied head, the linear that gives the output.
@@ -199,7 +199,7 @@ class QuantizeWeights(GraphPass):
 
     def _fit(self, value: torch.Tensor, weight: _Weight, importance: torch.Tensor | None = None) -> GroupGrid:
         bits, size = weight.bits, weight.group_size
-        if self.fit == "rtn":
+        if self.fit in ("rtn", "awq"):  # the range is what `ScaleWeights` measures its scales by
             return fit_range(value, bits, size, symmetric=self.symmetric)
         if self.fit == "hqq":
             return fit_hqq(value, bits, size, symmetric=self.symmetric)
