@@ -16,7 +16,7 @@ from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.calls import as_call, batch_size
 from torchopt_passes.graph.capture import capture
 from torchopt_passes.graph.tensors import named_tensors
-from torchopt_passes.graph.verify import Inputs, in_eval_mode
+from torchopt_passes.graph.verify import Inputs, buffers_kept, in_eval_mode
 from torchopt_passes.graph.weights import MATRIX_OPS, parameter_behind
 
 __all__ = ["LayerCost", "ModelCost", "layer_of", "measure"]
@@ -190,17 +190,12 @@ def _integer_weights(module: nn.Module) -> dict[str, Any]:
 
 def _count_macs(graph_module: fx.GraphModule, inputs: Inputs) -> Counter[str]:
     counter = _Counter(graph_module)
-    with in_eval_mode(graph_module):
-        saved = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
+    with in_eval_mode(graph_module), buffers_kept(graph_module):
         try:
             counter.run(*flat_inputs(graph_module, *inputs), enable_io_processing=False)
         except Exception as error:
             first = str(error).partition("\n")[0]
             raise ConfigError(f"the graph does not run on the example inputs: {first}") from error
-        finally:
-            for name, buffer in graph_module.named_buffers():
-                if not torch.equal(buffer, saved[name]):
-                    buffer.copy_(saved[name])
     return counter.macs
 
 

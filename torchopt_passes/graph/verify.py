@@ -13,7 +13,16 @@ from torch.utils import _pytree as pytree
 from torchopt_passes._compat import flat_inputs
 from torchopt_passes.graph.modes import MODE_ARGS, in_one_mode
 
-__all__ = ["Inputs", "StateInterpreter", "evaluate", "first_difference", "in_eval_mode", "relative_error", "sqnr"]
+__all__ = [
+    "Inputs",
+    "StateInterpreter",
+    "buffers_kept",
+    "evaluate",
+    "first_difference",
+    "in_eval_mode",
+    "relative_error",
+    "sqnr",
+]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Example inputs of a model: positional and keyword arguments."""
@@ -68,6 +77,18 @@ def sqnr(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextmanager
+def buffers_kept(module: nn.Module) -> Generator[None]:
+    """Run a block after which every buffer holds what it held before: what a run writes in place is undone."""
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in module.named_buffers():
+            if name in saved and not torch.equal(buffer, saved[name]):
+                buffer.copy_(saved[name])
+
+
+@contextmanager
 def in_eval_mode(module: nn.Module) -> Generator[None]:
     """Run a block with the module in eval mode; every submodule's mode and the RNG are as before afterwards."""
     modes = {child: child.training for child in module.modules()}
@@ -114,13 +135,8 @@ def evaluate(
     flat = [_cast(value, dtype) for value in flat_inputs(graph_module, *inputs)]
     with in_eval_mode(graph_module):
         run = (interpreter or StateInterpreter)(graph_module, dtype, state or {}, record).run
-        saved = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
-        try:
+        with buffers_kept(graph_module):
             output = run(*flat, enable_io_processing=False)
-        finally:
-            for name, buffer in graph_module.named_buffers():
-                if name in saved and not torch.equal(buffer, saved[name]):
-                    buffer.copy_(saved[name])
     return pytree.tree_leaves(output)
 
 

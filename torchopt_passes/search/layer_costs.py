@@ -18,7 +18,7 @@ from torchopt_passes.graph.modes import in_one_mode
 from torchopt_passes.graph.quantization.layer_rounding import Layer
 from torchopt_passes.graph.quantization.operations import Operation
 from torchopt_passes.graph.tensors import aliases, get_tensor
-from torchopt_passes.graph.verify import in_eval_mode
+from torchopt_passes.graph.verify import buffers_kept, in_eval_mode
 from torchopt_passes.search.sensitivity import FLOAT, Width
 
 __all__ = ["LayerCosts", "count_macs", "layer_costs"]
@@ -91,13 +91,8 @@ def count_macs(graph_module: fx.GraphModule, layers: Iterable[Layer], context: P
     if inputs is None:
         raise ConfigError("counting MACs needs inputs: PassContext(example_inputs=(args, kwargs))")
     counter = _Counter(graph_module, layers)
-    with in_eval_mode(graph_module):
-        saved = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
-        try:
-            counter.run(*flat_inputs(graph_module, *inputs), enable_io_processing=False)
-        finally:
-            for name, buffer in graph_module.named_buffers():
-                buffer.copy_(saved[name])
+    with in_eval_mode(graph_module), buffers_kept(graph_module):
+        counter.run(*flat_inputs(graph_module, *inputs), enable_io_processing=False)
     return {name: round(macs / batch_size(inputs)) for name, macs in counter.macs.items()}
 
 

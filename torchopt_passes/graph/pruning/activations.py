@@ -18,7 +18,7 @@ from torchopt_passes.graph.channels import ChannelGroup, GroupAxis
 from torchopt_passes.graph.modes import in_one_mode
 from torchopt_passes.graph.pruning.weight_scores import axis_scores
 from torchopt_passes.graph.tensors import aliases, get_tensor
-from torchopt_passes.graph.verify import in_eval_mode
+from torchopt_passes.graph.verify import buffers_kept, in_eval_mode
 from torchopt_passes.graph.weights import MATRIX_OPS, input_dim, parameter_behind
 from torchopt_passes.progress import track
 
@@ -191,15 +191,10 @@ def _means(
     """Return for each place the statistic of each channel over all batches, and over how many positions it is."""
     watcher = _Watcher(graph_module, graph, places, statistic)
     count = 0
-    state = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
-    try:
+    with buffers_kept(graph_module):
         for batch in track(batches, "Scoring channels"):
             watcher.run(*flat_inputs(graph_module, *as_call(batch)), enable_io_processing=False)
             count += 1
-    finally:
-        for name, buffer in graph_module.named_buffers():
-            if not torch.equal(buffer, state[name]):
-                buffer.copy_(state[name])
     if not count:
         raise ConfigError("context.calibration is empty (a generator that was used up?)")
     return watcher.seen

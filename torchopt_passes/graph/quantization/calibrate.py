@@ -22,7 +22,7 @@ from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fake_quantizers
 from torchopt_passes.graph.quantization.observers import ChosenRange, RangeObserver
 from torchopt_passes.graph.quantization.state import fake_quant_off
-from torchopt_passes.graph.verify import in_eval_mode, sqnr
+from torchopt_passes.graph.verify import buffers_kept, in_eval_mode, sqnr
 from torchopt_passes.progress import track
 
 __all__ = ["Calibrate", "SetObserverState", "quantizer_places"]
@@ -155,17 +155,12 @@ class Calibrate(GraphPass):
         count = 0
         with in_eval_mode(graph_module):
             watcher = _Watcher(graph_module, wanted, self)
-            state = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
-            try:
+            with buffers_kept(graph_module):
                 for batch in track(islice(batches, self.max_batches), "Calibrating"):
                     args, kwargs = as_call(batch)
                     watcher.first = count == 0
                     watcher.run(*flat_inputs(graph_module, args, kwargs), enable_io_processing=False)
                     count += 1
-            finally:
-                for name, buffer in graph_module.named_buffers():
-                    if not torch.equal(buffer, state[name]):
-                        buffer.copy_(state[name])
         if not count:
             raise ConfigError("Calibrate got no batch: context.calibration is empty (a generator that was used up?)")
         return watcher.ranges(), count

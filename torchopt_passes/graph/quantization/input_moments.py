@@ -13,7 +13,7 @@ from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.modes import in_one_mode
 from torchopt_passes.graph.tensors import aliases
-from torchopt_passes.graph.verify import in_eval_mode
+from torchopt_passes.graph.verify import buffers_kept, in_eval_mode
 from torchopt_passes.graph.weights import MATRIX_OPS, parameter_behind
 from torchopt_passes.progress import track
 
@@ -72,15 +72,10 @@ def input_moments(graph_module: fx.GraphModule, batches: Iterable[Any] | None) -
     count = 0
     with in_eval_mode(graph_module):
         watcher = _Watcher(graph_module, in_one_mode(graph_module.graph, training=False))
-        state = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
-        try:
+        with buffers_kept(graph_module):
             for batch in track(batches, "Watching inputs"):
                 watcher.run(*flat_inputs(graph_module, *as_call(batch)), enable_io_processing=False)
                 count += 1
-        finally:
-            for name, buffer in graph_module.named_buffers():
-                if not torch.equal(buffer, state[name]):
-                    buffer.copy_(state[name])
     if not count:
         raise ConfigError("context.calibration is empty (a generator that was used up?)")
     return {fqn: total / count for fqn, total in watcher.moments.items()}

@@ -15,7 +15,7 @@ from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional.equalization import pool_moments
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.modes import in_one_mode
-from torchopt_passes.graph.verify import in_eval_mode
+from torchopt_passes.graph.verify import buffers_kept, in_eval_mode
 from torchopt_passes.progress import track
 
 __all__ = ["AbsMax", "ChannelMoments", "SecondMoment", "Watch", "levels", "required", "several_times", "watch_values"]
@@ -54,16 +54,11 @@ def watch_values(
     count = 0
     with in_eval_mode(graph_module):
         runner = _Watcher(graph_module, watches, state or {}, batch_statistics)
-        saved = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
-        try:
+        with buffers_kept(graph_module):
             for batch in track(islice(batches, max_batches), what):
                 with suppress(_SeenAllError):
                     runner.run(*flat_inputs(graph_module, *as_call(batch)), enable_io_processing=False)
                 count += 1
-        finally:
-            for name, buffer in graph_module.named_buffers():
-                if not torch.equal(buffer, saved[name]):
-                    buffer.copy_(saved[name])
     if not count:
         raise ConfigError("context.calibration is empty (a generator that was used up?)")
     return count

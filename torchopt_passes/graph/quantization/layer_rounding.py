@@ -18,7 +18,7 @@ from torchopt_passes.graph.modes import in_one_mode
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fake_quantizers
 from torchopt_passes.graph.quantization.operations import Operation
 from torchopt_passes.graph.quantization.targets import KINDS
-from torchopt_passes.graph.verify import in_eval_mode
+from torchopt_passes.graph.verify import buffers_kept, in_eval_mode
 
 __all__ = ["Layer", "LayerRunner", "RoundedWeight", "group_layers", "quantizer_behind"]
 
@@ -124,14 +124,8 @@ class LayerRunner(fx.Interpreter):
     @contextmanager
     def measuring(self) -> Generator[None]:
         """Run a block in eval mode without gradients; buffers, modes and random state are as before afterwards."""
-        with in_eval_mode(self.prepared):
-            saved = {name: buffer.clone() for name, buffer in self.prepared.named_buffers()}
-            try:
-                yield
-            finally:
-                for name, buffer in self.prepared.named_buffers():
-                    if not torch.equal(buffer, saved[name]):
-                        buffer.copy_(saved[name])
+        with in_eval_mode(self.prepared), buffers_kept(self.prepared):
+            yield
 
     def outputs(self, batch: Any) -> tuple[list[Any], Any]:
         """Return the flat outputs of a batch, and the outputs in the model's own form."""

@@ -17,7 +17,7 @@ from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.modes import in_one_mode
 from torchopt_passes.graph.quantization.fake_quantizer import is_fake_quant
 from torchopt_passes.graph.tensors import aliases
-from torchopt_passes.graph.verify import in_eval_mode
+from torchopt_passes.graph.verify import buffers_kept, in_eval_mode
 
 __all__ = ["Walk", "walking"]
 
@@ -167,14 +167,8 @@ def walking(
     batches = [flat_inputs(graph_module, *as_call(batch)) for batch in islice(calibration, max_batches)]
     if not batches:
         raise ConfigError(f"{name} got no batch: context.calibration is empty (a generator that was used up?)")
-    with in_eval_mode(graph_module):
-        saved = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
-        try:
-            yield batches
-        finally:
-            for buffer_name, buffer in graph_module.named_buffers():
-                if not torch.equal(buffer, saved[buffer_name]):
-                    buffer.copy_(saved[buffer_name])
+    with in_eval_mode(graph_module), buffers_kept(graph_module):
+        yield batches
 
 
 def _static_nodes(graph_module: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
