@@ -27,7 +27,9 @@ def attach(
     """Return a session that runs the callbacks while the optimizer trains the model.
 
     Steps are counted by the optimizer itself, so gradient accumulation and skipped fp16 steps count right.
-    Attach before a checkpoint is loaded: masks are loaded with the model's state_dict.
+    Attach before a checkpoint is loaded: masks are loaded with the model's state_dict. Callbacks that bring parameters
+    (projectors, gates, exits) give them to the optimizer: attach these before a learning-rate scheduler is made and
+    before the model is wrapped.
 
     Args:
         model: the student, wrapped in DistributedDataParallel or not.
@@ -39,7 +41,8 @@ def attach(
         The session, a context manager; it is active at once, and leaving it removes the callbacks.
 
     Raises:
-        CallbackError: a callback is in use, or the optimizer does not train this model.
+        CallbackError: a callback is in use, the optimizer does not train this model, or cannot take the parameters that
+            a callback brings.
 
     Example:
         A loop, and how it resumes:
@@ -119,6 +122,7 @@ class Session:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in trained for p in self._student.model.parameters()):
             raise CallbackError("the optimizer holds no parameter of this model: make it from model.parameters()")
+        self._student.train_owned(optimizer)
         self.optimizer, self.total_steps, self.step = optimizer, total_steps, step
         self._handle = optimizer.register_step_post_hook(self._stepped)
         self._begin()

@@ -83,7 +83,7 @@ class LossTerm:
 class Lifecycle:
     """The moments a callback may override; each loop calls them in this order.
 
-    install     before the optimizer is made and before a checkpoint is loaded: add buffers, check the model
+    install     before the optimizer is made and before a checkpoint is loaded: add buffers, bring parameters, check
     begin       training begins, or goes on after a resume
     loss_term   in each training-mode forward of the student
     after_step  after each completed optimizer step
@@ -99,7 +99,10 @@ class Lifecycle:
     """The model the callback is installed on; set by the loop."""
 
     def install(self, student: Student) -> None:
-        """Prepare the model; parameters must not be added, removed or replaced."""
+        """Prepare the model: put buffers beside its weights, bring parameters with `Student.own`.
+
+        Its own parameters must not be removed or replaced: an optimizer and a wrapper may hold them already.
+        """
 
     def begin(self, progress: Progress) -> None:
         """Training begins at `progress`."""

@@ -16,6 +16,7 @@ from torchopt_passes._compat import compiled_source
 from torchopt_passes.callbacks.items import count_labels, shifts_labels
 from torchopt_passes.callbacks.lifecycle import Lifecycle
 from torchopt_passes.callbacks.outputs import accepts, argument, loss_of, with_loss
+from torchopt_passes.callbacks.owned import OWNED, drop_parameters, take_parameters
 from torchopt_passes.errors import CallbackError
 
 __all__ = ["Student", "StudentCall", "unwrap"]
@@ -42,15 +43,17 @@ class StudentCall:
     loss: torch.Tensor
 
 
+@dataclass
+class _Owned:
+    """Whose a module is that a callback brought, and which optimizer trains it."""
+
+    callback: weakref.ref[Lifecycle]
+    optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel or torch.compile."""
-    while True:
-        inner = compiled_source(model)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    return list(_layers(model))[-1]
 
 
 class Student:
@@ -70,17 +73,23 @@ class Student:
         self._claims: dict[str, weakref.ref[Lifecycle]] = {}
         self._handles: list[RemovableHandle] = []
         self._at_end: list[Callable[[], None]] = []
+        self._owned: dict[str, _Owned] = {}
+        self._reducer: weakref.ref[nn.Module] | None = None
         self._items: torch.Tensor | int | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Student:
         """Return the student of a model, wrapped or not: always the same one."""
-        model = unwrap(model)
+        *wrappers, model = _layers(model)
         if isinstance(model, nn.DataParallel):
             raise CallbackError(
                 "nn.DataParallel replaces the model in each forward: use DistributedDataParallel (torchrun)"
             )
-        return cls._all.setdefault(model, cls(model))
+        student = cls._all.setdefault(model, cls(model))
+        for wrapper in wrappers:
+            if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+                student._reducer = weakref.ref(wrapper)
+        return student
 
     @property
     def model(self) -> nn.Module:
@@ -125,6 +134,7 @@ class Student:
             callback.student = None
             self._callbacks.remove(callback)
             self._claims = {fqn: owner for fqn, owner in self._claims.items() if owner() not in (None, callback)}
+            self._disown(callback)
             if not self._callbacks:
                 self._unhook()
 
@@ -142,6 +152,50 @@ class Student:
             )
         self._claims[fqn] = weakref.ref(callback)
 
+    def own(self, name: str, module: nn.Module, callback: Lifecycle) -> None:
+        """Give the model parameters that a callback trains with it: projectors, gates, exits. Call it in `install`.
+
+        The module becomes the submodule ``torchopt_<name>`` of the model: it is in the state_dict and in checkpoints,
+        moves and is wrapped with the model, and is trained by its optimizer. When the callback leaves, it is gone from
+        both. Use it within the student's forward (in `loss_term` or a hook), where DistributedDataParallel sees it.
+
+        Args:
+            name: an identifier, the same in every run.
+            module: moved to the model's device. An attribute ``optimizer_options: dict`` overrides options of the
+                optimizer, such as ``{"lr": 0.1, "weight_decay": 0.0}``; such a module has a parameter group of its own.
+            callback: whose it is.
+
+        Raises:
+            CallbackError: the name is in use, or the model is wrapped already and the wrapper would not see it.
+        """
+        attribute = f"{OWNED}{name}"
+        if not attribute.isidentifier() or hasattr(self.model, attribute):
+            raise CallbackError(f"{type(self.model).__name__} cannot get a module {attribute!r}: take another name")
+        if any(p.requires_grad for p in module.parameters()) and self._is_wrapped():
+            raise CallbackError(
+                f"{type(callback).__name__} brings parameters ({name}), but the model is wrapped for several ranks "
+                "already, and their gradients would differ: attach before DistributedDataParallel, fully_shard or "
+                "Accelerate's prepare"
+            )
+        device = next((parameter.device for parameter in self.model.parameters()), None)
+        self.model.add_module(attribute, module.to(device=device).train(self.model.training))
+        self._owned[attribute] = _Owned(weakref.ref(callback))
+
+    def owns(self, callback: Lifecycle) -> bool:
+        """Return whether a callback has brought parameters."""
+        return any(owned.callback() is callback for owned in self._owned.values())
+
+    def train_owned(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer train what callbacks brought; once for each optimizer.
+
+        Raises:
+            CallbackError: it cannot take it.
+        """
+        for attribute, owned in self._owned.items():
+            if owned.optimizer is None or owned.optimizer() is not optimizer:
+                take_parameters(optimizer, attribute, self.model.get_submodule(attribute))
+                owned.optimizer = weakref.ref(optimizer)
+
     @contextmanager
     def aside(self) -> Generator[None]:
         """Run a block in which the model is itself: its hooks do nothing (while it is captured, or proven)."""
@@ -154,6 +208,23 @@ class Student:
     def at_end(self, undo: Callable[[], None]) -> None:
         """Call `undo` when the last callback has left."""
         self._at_end.append(undo)
+
+    def _disown(self, callback: Lifecycle) -> None:
+        for attribute in [name for name, owned in self._owned.items() if owned.callback() in (None, callback)]:
+            owned = self._owned.pop(attribute)
+            model = self._model() if self._model is not None else None
+            if model is None:
+                continue
+            optimizer = owned.optimizer() if owned.optimizer is not None else None
+            if optimizer is not None:
+                drop_parameters(optimizer, model.get_submodule(attribute).parameters())
+            delattr(model, attribute)
+
+    def _is_wrapped(self) -> bool:
+        from torch.distributed.tensor import DTensor
+
+        in_ddp = self._reducer is not None and self._reducer() is not None
+        return in_ddp or any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def _hook(self) -> None:
         before = self.model.register_forward_pre_hook(self._take_items, with_kwargs=True)
@@ -208,6 +279,17 @@ class Student:
     def __reduce__(self) -> tuple[type[Student], tuple[None]]:
         """Pickle as the copy: without callbacks."""
         return Student, (None,)
+
+
+def _layers(model: nn.Module) -> Generator[nn.Module]:
+    """Go through a model's wrappers, DistributedDataParallel and torch.compile, down to the model."""
+    inner: object = model
+    while isinstance(inner, nn.Module):
+        model = inner
+        yield model
+        inner = compiled_source(model)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
 
 
 def _combine(call: StudentCall, callbacks: list[Lifecycle]) -> torch.Tensor:

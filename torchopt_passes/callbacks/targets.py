@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from torchopt_passes.callbacks.lifecycle import Lifecycle
+from torchopt_passes.callbacks.owned import is_owned
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.graph.edit import Skip
@@ -131,7 +132,9 @@ def choose_targets(
     skips: list[Skip] = []
     for fqn, parameter in model.named_parameters():
         pattern = matching_pattern(fqn, skip)
-        if fqn not in candidates:
+        if is_owned(fqn):
+            skips.append(Skip(target=fqn, reason="brought by a callback"))
+        elif fqn not in candidates:
             skips.append(Skip(target=fqn, reason="not the weight of a matrix operation"))
         elif pattern is not None:
             skips.append(Skip(target=fqn, reason=f"skip pattern {pattern!r}"))

@@ -28,13 +28,20 @@ class TrainerEvents(Lifecycle):
             )
         if self.student is not None and self.student.model is model:
             self.student.leave(self)  # an earlier run ended in an error: begin anew
-        Student.of(model).join(self)
+        student = Student.of(model)
+        student.join(self)
+        trainer = calling_trainer()
+        if trainer is not None and student.owns(self):
+            _train_owned(trainer, student)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Start. Everything is in place now: a resumed run has its weights, and ``state.global_step`` its step."""
         student = Student.of(model)
         student.join(self)  # a no-op, but for model_init, and callbacks added after Trainer.__init__
         trainer = calling_trainer()
+        optimizer = kwargs.get("optimizer")
+        if student.owns(self) and optimizer is not None:
+            student.train_owned(getattr(optimizer, "optimizer", optimizer))
         if trainer is not None:
             self._check(trainer)
             _count_items(trainer, student)
@@ -124,6 +131,25 @@ def _count_items(trainer: Any, student: Student) -> None:
         trainer.model_accepts_loss_kwargs = accepted
         count_shifted_labels(trainer, shifted)
 
+    student.at_end(undo)
+
+
+def _train_owned(trainer: Any, student: Student) -> None:
+    """Give what callbacks brought to the optimizer as soon as it is made: before its scheduler, and its checkpoint."""
+    before = vars(trainer).get("create_optimizer")
+    create = trainer.create_optimizer
+
+    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+        optimizer = create(*args, **kwargs)
+        student.train_owned(getattr(optimizer, "optimizer", optimizer))
+        return optimizer
+
+    def undo() -> None:
+        vars(trainer).pop("create_optimizer")
+        if before is not None:
+            trainer.create_optimizer = before
+
+    trainer.create_optimizer = create_optimizer
     student.at_end(undo)
 
 
