@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["masked_mean", "soft_cross_entropy", "soft_kl_divergence"]
+__all__ = ["log_softened", "masked_mean", "soft_cross_entropy", "soft_kl_divergence"]
 
 
 def soft_kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -33,8 +33,8 @@ def soft_kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tenso
         >>> soft_kl_divergence(logits, logits, 2.0)
         tensor([0.])
     """
-    log_student = _log_softmax(student_logits, temperature)
-    log_teacher = _log_softmax(teacher_logits, temperature)
+    log_student = log_softened(student_logits, temperature)
+    log_teacher = log_softened(teacher_logits, temperature)
     return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
 
 
@@ -59,7 +59,7 @@ def soft_cross_entropy(student_logits: torch.Tensor, teacher_logits: torch.Tenso
         >>> round(float(soft_cross_entropy(torch.zeros(2), torch.zeros(2), 1.0)), 4)  # ln 2
         0.6931
     """
-    return -(_log_softmax(teacher_logits, temperature).exp() * _log_softmax(student_logits, temperature)).sum(-1)
+    return -(log_softened(teacher_logits, temperature).exp() * log_softened(student_logits, temperature)).sum(-1)
 
 
 def masked_mean(values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,6 +78,12 @@ def masked_mean(values: torch.Tensor, valid: torch.Tensor | None = None) -> torc
     return values.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
 
 
-def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def log_softened(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return log softmax(z / T) over the last dimension, in float32 or wider.
+
+    Example:
+        >>> log_softened(torch.zeros(2).bfloat16(), 2.0)
+        tensor([-0.6931, -0.6931])
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.log_softmax(wide / temperature, dim=-1)
