@@ -49,8 +49,8 @@ def take_parameters(optimizer: torch.optim.Optimizer, name: str, module: nn.Modu
     if "initial_lr" in first:
         raise CallbackError(
             f"the optimizer cannot take the parameters of {name}, because its learning-rate scheduler is there "
-            "already: attach first and make the scheduler then; in the Trainer, pass callbacks=[...] when it is made, without "
-            "model_init, and make a new Trainer to train again"
+            "already: attach first and make the scheduler then; in the Trainer, pass callbacks=[...] when it is made, "
+            "without model_init, and make a new Trainer to train again"
         )
     _take_out(optimizer, held)
     named = "param_names" in first
