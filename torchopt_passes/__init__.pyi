@@ -1,4 +1,5 @@
 from .callbacks import Distillation as Distillation
+from .callbacks import Epochs as Epochs
 from .callbacks import GradualBits as GradualBits
 from .callbacks import GradualChannelPruning as GradualChannelPruning
 from .callbacks import GradualPruning as GradualPruning

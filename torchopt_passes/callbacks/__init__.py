@@ -10,7 +10,7 @@ from torchopt_passes.callbacks.gradual_channel_pruning import GradualChannelPrun
 from torchopt_passes.callbacks.gradual_pruning import GradualPruning
 from torchopt_passes.callbacks.items import num_items_in_batch
 from torchopt_passes.callbacks.keep_zeros import KeepZeros
-from torchopt_passes.callbacks.lifecycle import LossTerm, Progress
+from torchopt_passes.callbacks.lifecycle import Epochs, LossTerm, Progress
 from torchopt_passes.callbacks.lightning import lightning_callback
 from torchopt_passes.callbacks.quantization_noise import QuantizationNoise
 from torchopt_passes.callbacks.quantization_schedule import QuantizationSchedule
@@ -19,6 +19,7 @@ from torchopt_passes.callbacks.student import StudentCall
 __all__ = [
     "Callback",
     "Distillation",
+    "Epochs",
     "GradualBits",
     "GradualChannelPruning",
     "GradualPruning",

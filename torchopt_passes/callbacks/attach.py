@@ -23,6 +23,7 @@ def attach(
     callbacks: Iterable[Lifecycle],
     *,
     total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
 ) -> Session:
     """Return a session that runs the callbacks while the optimizer trains the model.
 
@@ -36,6 +37,7 @@ def attach(
         optimizer: the one that trains it; Accelerate's wrapper will do.
         callbacks: such as `GradualPruning`; their order does not matter.
         total_steps: optimizer steps of the whole run; moments given as shares of training need it.
+        steps_per_epoch: optimizer steps of one pass over the data; moments given as `Epochs` need it.
 
     Returns:
         The session, a context manager; it is active at once, and leaving it removes the callbacks.
@@ -69,7 +71,7 @@ def attach(
     """
     session = Session(model, callbacks)
     try:
-        session.bind(optimizer, total_steps=total_steps)
+        session.bind(optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     except BaseException:
         session.abandon()
         raise
@@ -92,6 +94,7 @@ class Session:
         self.step = 0
         """Optimizer steps completed."""
         self.total_steps: int | None = None
+        self.steps_per_epoch: int | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._student = Student.of(model)
         self._handle: RemovableHandle | None = None
@@ -103,12 +106,20 @@ class Session:
             self.abandon()
             raise
 
-    def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int | None = None, step: int = 0) -> None:
+    def bind(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        step: int = 0,
+    ) -> None:
         """Follow an optimizer from now on, and begin.
 
         Args:
             optimizer: see `attach`.
             total_steps: see `attach`.
+            steps_per_epoch: see `attach`.
             step: optimizer steps completed so far, in a resumed run.
 
         Raises:
@@ -118,19 +129,23 @@ class Session:
             raise CallbackError("the session follows an optimizer already")
         if total_steps is not None and total_steps < 1:
             raise CallbackError(f"total_steps must be at least 1, not {total_steps}")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise CallbackError(f"steps_per_epoch must be at least 1, not {steps_per_epoch}")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper forwards `step` to the real one
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in trained for p in self._student.model.parameters()):
             raise CallbackError("the optimizer holds no parameter of this model: make it from model.parameters()")
         self._student.train_owned(optimizer)
-        self.optimizer, self.total_steps, self.step = optimizer, total_steps, step
+        self.optimizer, self.step = optimizer, step
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self._student.follow(optimizer, lambda: self.progress)
         self._handle = optimizer.register_step_post_hook(self._stepped)
         self._begin()
 
     @property
     def progress(self) -> Progress:
         """Where training is."""
-        return Progress(self.step, self.total_steps)
+        return Progress(self.step, self.total_steps, self.steps_per_epoch)
 
     def metrics(self) -> dict[str, float]:
         """Return what the callbacks have to log, over the time since the last call."""

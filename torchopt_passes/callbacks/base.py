@@ -34,6 +34,7 @@ class Callback(TrainerEvents):
                 callback.loss_term(call)      in the student's forward hook, in training mode only
             output.loss.backward()
         optimizer.step()
+            callback.before_step(progress)    every loop: the optimizer's pre-hook, gradients are final
             callback.after_step(progress)     Trainer: on_optimizer_step   attach: the optimizer's post-hook
         callback.metrics()                    Trainer: on_log           attach: session.metrics()
     callback.finish(optimizer)                Trainer: on_train_end     attach: on leaving, not after an error

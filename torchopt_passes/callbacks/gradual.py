@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from torchopt_passes.callbacks.base import Callback
-from torchopt_passes.callbacks.lifecycle import Progress, When, check_when
+from torchopt_passes.callbacks.lifecycle import Epochs, Progress, When, check_when
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.functional.schedules import Ramp, Shape, named_shape
 from torchopt_passes.graph.edit import Skip
@@ -29,11 +29,11 @@ class GradualMasks(Callback):
     applies them (`_apply`), and counts (`_removed`, `_bounds`).
 
     Args:
-        start: first update, as a share of training (float) or completed steps (int).
+        start: first update, as a share of training (float), completed steps (int) or `Epochs`.
         end: last update, likewise; what remains is for recovery.
-        every: steps between updates; None spreads 100 updates.
-        schedule: ``"cubic"``, ``"linear"``, ``"cosine"``, ``"constant"``, or a function from progress in [0, 1] to
-            the share of the way in [0, 1].
+        every: steps between updates, or `Epochs`; None spreads 100 updates.
+        schedule: a name that `named_shape` knows, or a function from progress in [0, 1] to the share of the way in
+            [0, 1].
     """
 
     counted: ClassVar[str] = "weights"
@@ -41,7 +41,7 @@ class GradualMasks(Callback):
 
     start: When = 0.1
     end: When = 0.7
-    every: int | None = None
+    every: int | Epochs | None = None
     schedule: str | Shape = "cubic"
 
     skips: tuple[Skip, ...] = field(default=(), init=False, repr=False)
@@ -55,14 +55,19 @@ class GradualMasks(Callback):
         """Refuse a schedule that is wrong in any training."""
         check_when(self.start, "start")
         check_when(self.end, "end")
-        self._shape = named_shape(self.schedule)
-        if self.every is not None and self.every < 1:
+        self._shape = named_shape(self.schedule, *self._shares)
+        if self.every is not None and not (isinstance(self.every, Epochs) or self.every >= 1):
             raise ConfigError(f"every must be at least 1 step, not {self.every}")
 
     @property
     @abstractmethod
     def _span(self) -> tuple[float, float]:
         """The values of the schedule at its first update and from its last one on."""
+
+    @property
+    def _shares(self) -> tuple[float, float]:
+        """The shares that are removed at the first update and from the last one on."""
+        return self._span
 
     @abstractmethod
     def _choose(self, value: float) -> None:
@@ -85,12 +90,12 @@ class GradualMasks(Callback):
         start, end = progress.steps(self.start), progress.steps(self.end)
         if progress.total_steps is not None and end > progress.total_steps:
             raise CallbackError(f"the last update is at step {end}, but training ends at step {progress.total_steps}")
-        every = self.every or max(1, (end - start) // 100)
+        every = progress.steps(self.every) if self.every is not None else (end - start) // 100
         initial, final = self._span
-        self._ramp = Ramp(initial=initial, final=final, start=start, end=end, every=every, shape=self._shape)
+        self._ramp = Ramp(initial=initial, final=final, start=start, end=end, every=max(1, every), shape=self._shape)
         self._unverified = True
         if progress.step == 0 and self._ramp.is_update(0):
-            self._update(self._ramp.at(0))
+            self._update(self._ramp.at(0), progress)
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
@@ -101,7 +106,7 @@ class GradualMasks(Callback):
             self._verify(self._ramp, progress.step - 1)
             self._unverified = False
         if self._ramp.is_update(progress.step):
-            self._update(self._ramp.at(progress.step))
+            self._update(self._ramp.at(progress.step), progress)
         self._apply()
 
     def _tell_if_short(self) -> None:
@@ -118,9 +123,12 @@ class GradualMasks(Callback):
             )
 
     @torch.no_grad()
-    def _update(self, value: float) -> None:
+    def _update(self, value: float, progress: Progress) -> None:
+        before = self._removed()
         self._choose(value)
         self._apply()
+        if self.student is not None and self._removed() != before:
+            self.student.tell_changed(progress)
 
     def _verify(self, ramp: Ramp, step: int) -> None:
         """Refuse to go on from a checkpoint whose masks were not loaded: what was removed would silently grow back."""

@@ -57,11 +57,11 @@ class GradualChannelPruning(GradualMasks):
     Args:
         ratio: share of the units that is masked from the last update on, 0 <= ratio < 1; of each group or of all
             (`scope`).
-        start: first update, as a share of training (float) or completed steps (int).
+        start: first update, as a share of training (float), completed steps (int) or `Epochs`.
         end: last update, likewise; what remains is for recovery.
-        every: steps between updates; None spreads 100 updates.
-        schedule: ``"cubic"``, ``"linear"``, ``"cosine"``, ``"constant"``, or a function from progress in [0, 1] to
-            the share of the way in [0, 1].
+        every: steps between updates, or `Epochs`; None spreads 100 updates.
+        schedule: a name that `named_shape` knows, or a function from progress in [0, 1] to the share of the way in
+            [0, 1].
         importance: what ranks the units: ``"l1"``, ``"l2"``, ``"lp:P"``, ``"bn_scale"``, ``"fpgm"``, ``"lamp"``,
             ``"random"``; ``"taylor"``, from the gradients of the step (updates from step 1 on); or a function of a
             group and the graph. See `PruneChannels`.
@@ -115,7 +115,6 @@ class GradualChannelPruning(GradualMasks):
 
     def __post_init__(self) -> None:
         """Refuse options that are wrong in any training."""
-        super().__post_init__()
         for name, ratio in {"ratio": self.ratio, **self.overrides}.items():
             if not 0.0 <= ratio < 1.0:
                 raise ConfigError(f"the ratio of {name!r} must be in [0, 1), not {ratio}")
@@ -129,6 +128,7 @@ class GradualChannelPruning(GradualMasks):
         self._criterion, _ = parse_importance(self.importance)
         if self._criterion in _REFUSED:
             raise ConfigError(f"importance {self.importance!r} {_REFUSED[self._criterion]}")
+        super().__post_init__()
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -201,6 +201,10 @@ class GradualChannelPruning(GradualMasks):
     def _span(self) -> tuple[float, float]:
         """The share of the way to every ratio."""
         return 0.0, 1.0
+
+    @property
+    def _shares(self) -> tuple[float, float]:
+        return 0.0, self.ratio
 
     def _choose(self, value: float) -> None:
         if self.student is None:

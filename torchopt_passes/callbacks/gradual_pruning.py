@@ -73,7 +73,6 @@ class GradualPruning(GradualMasks):
 
     def __post_init__(self) -> None:
         """Refuse options that are wrong in any training."""
-        super().__post_init__()
         self._kind, self._numbers = parse_pattern(self.pattern)
         if self._kind == "n:m":
             share = 1.0 - self._numbers[0] / self._numbers[1]
@@ -88,6 +87,7 @@ class GradualPruning(GradualMasks):
             raise ConfigError(f'scope must be "tensor" or "global", not {self.scope!r}')
         if self.pattern and self.scope == "global":
             raise ConfigError('a pattern works on each weight by itself: scope must be "tensor"')
+        super().__post_init__()
 
     @property
     def fqns(self) -> tuple[str, ...]:

@@ -12,23 +12,47 @@ from torchopt_passes.errors import CallbackError, ConfigError
 if TYPE_CHECKING:
     from torchopt_passes.callbacks.student import Student, StudentCall
 
-__all__ = ["Lifecycle", "LossTerm", "Progress", "When", "check_when"]
+__all__ = ["Epochs", "Lifecycle", "LossTerm", "Progress", "When", "check_when"]
 
-When = int | float
-"""A moment of training: an int is completed optimizer steps, a float in [0, 1] a share of all steps."""
+
+@dataclass(frozen=True)
+class Epochs:
+    """A moment of training as passes over the data: ``start=Epochs(2)``, in a recipe ``start: {epochs: 2}``.
+
+    It needs a loop that knows the optimizer steps of an epoch: the Trainer and Lightning do, `attach` is told with
+    ``steps_per_epoch=``.
+
+    Args:
+        count: epochs completed, >= 0; parts of one too.
+
+    Example:
+        >>> Progress(0, 300, steps_per_epoch=30).steps(Epochs(1.5))
+        45
+    """
+
+    count: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of epochs."""
+        if isinstance(self.count, bool) or not self.count >= 0:
+            raise ConfigError(f"Epochs needs a number >= 0, not {self.count!r}")
+
+
+When = int | float | Epochs
+"""A moment of training: completed optimizer steps (int), a share of all steps (float in [0, 1]), or `Epochs`."""
 
 
 def check_when(when: object, name: str) -> None:
-    """Refuse what is neither completed steps nor a share of training.
+    """Refuse what is no moment of training.
 
     Raises:
         ConfigError: names the option.
     """
     steps = isinstance(when, int) and not isinstance(when, bool) and when >= 0
     share = isinstance(when, float) and 0.0 <= when <= 1.0
-    if not steps and not share:
+    if not steps and not share and not isinstance(when, Epochs):
         raise ConfigError(
-            f"{name} must be a share of training (float in [0, 1]) or completed steps (int >= 0), not {when!r}"
+            f"{name} must be a share of training (float in [0, 1]), completed steps (int >= 0) or Epochs, not {when!r}"
         )
 
 
@@ -40,6 +64,7 @@ class Progress:
         step: optimizer steps completed. The same number in every loop: micro-batches of an accumulated step
             count as none.
         total_steps: optimizer steps of the whole run, None if unknown.
+        steps_per_epoch: optimizer steps of one pass over the data, None if unknown.
 
     Example:
         >>> Progress(0, 200).steps(0.25), Progress(0, 200).steps(25)
@@ -48,15 +73,23 @@ class Progress:
 
     step: int
     total_steps: int | None
+    steps_per_epoch: int | None = None
 
     def steps(self, when: When) -> int:
         """Return a moment of training as completed optimizer steps.
 
         Raises:
-            CallbackError: `when` is a share and the length of the run is unknown.
+            CallbackError: `when` is a share and the length of the run is unknown, or epochs and theirs is.
         """
         if isinstance(when, int):
             return when
+        if isinstance(when, Epochs):
+            if self.steps_per_epoch is None:
+                raise CallbackError(
+                    f"{when} needs the optimizer steps of an epoch, which are unknown here: give attach "
+                    "steps_per_epoch=, a DataLoader with a length, or moments as whole steps"
+                )
+            return round(when.count * self.steps_per_epoch)
         if self.total_steps is None:
             raise CallbackError(
                 f"{when} is a share of training, but its length is unknown: give total_steps=, "
@@ -86,7 +119,9 @@ class Lifecycle:
     install     before the optimizer is made and before a checkpoint is loaded: add buffers, bring parameters, check
     begin       training begins, or goes on after a resume
     loss_term   in each training-mode forward of the student
+    before_step before each optimizer step, when the gradients are final
     after_step  after each completed optimizer step
+    changed     when a callback has changed the structure: other masks, removed units, rewound weights
     metrics     when the loop logs
     finish      at the end, never after an error: what is done to the trained model
     remove      at the end, and after an error: leave nothing behind but the trained weights
@@ -107,11 +142,21 @@ class Lifecycle:
     def begin(self, progress: Progress) -> None:
         """Training begins at `progress`."""
 
+    def before_step(self, progress: Progress) -> None:
+        """Act before an optimizer step, which `progress.step` does not count yet; a skipped fp16 step has none.
+
+        The gradients are those that the optimizer will use: over all micro-batches and ranks, clipped by the Trainer,
+        without the scale of fp16. The optimizer is ``self.student.optimizer``.
+        """
+
     def after_step(self, progress: Progress) -> None:
         """Act after an optimizer step; `progress.step` counts it."""
 
     def loss_term(self, call: StudentCall) -> LossTerm | None:
         """Return what to add to the loss of this forward."""
+
+    def changed(self, progress: Progress) -> None:
+        """Take note that a callback has changed the structure of the student after `progress.step` steps."""
 
     def metrics(self) -> dict[str, float]:
         """Return what to log, over the time since the last call."""

@@ -58,7 +58,11 @@ def lightning_callback(callbacks: Iterable[Lifecycle], *, student: str = "model"
                 raise CallbackError(f"one optimizer must train the student; Lightning has {len(trainer.optimizers)}")
             steps = trainer.estimated_stepping_batches
             total = None if steps == float("inf") else int(steps)
-            self.session.bind(trainer.optimizers[0], total_steps=total, step=trainer.global_step)
+            batches = trainer.num_training_batches
+            per_epoch = None if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
+            self.session.bind(
+                trainer.optimizers[0], total_steps=total, steps_per_epoch=per_epoch, step=trainer.global_step
+            )
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
             """Log the metrics, as often as Lightning logs."""

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from torchopt_passes._compat import compiled_source
 from torchopt_passes.callbacks.items import count_labels, shifts_labels
-from torchopt_passes.callbacks.lifecycle import Lifecycle
+from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
+from torchopt_passes.callbacks.optimizer_steps import before_each_step
 from torchopt_passes.callbacks.outputs import accepts, argument, loss_of, with_loss
 from torchopt_passes.callbacks.owned import OWNED, drop_parameters, take_parameters
 from torchopt_passes.errors import CallbackError
@@ -76,6 +77,10 @@ class Student:
         self._owned: dict[str, _Owned] = {}
         self._reducer: weakref.ref[nn.Module] | None = None
         self._items: torch.Tensor | int | None = None
+        self._progress: Callable[[], Progress] | None = None
+        self._step_handle: RemovableHandle | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        """The optimizer that trains the model, from the moment that callbacks begin."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Student:
@@ -196,6 +201,35 @@ class Student:
                 take_parameters(optimizer, attribute, self.model.get_submodule(attribute))
                 owned.optimizer = weakref.ref(optimizer)
 
+    def follow(self, optimizer: torch.optim.Optimizer | None, progress: Callable[[], Progress]) -> None:
+        """Call `Lifecycle.before_step` before each step of this optimizer from now on.
+
+        Args:
+            optimizer: the one that trains the model, itself and not what wraps it; None where the loop hides it.
+            progress: returns where training is.
+
+        Raises:
+            CallbackError: a callback acts before the step, but this optimizer does not tell of it.
+        """
+        self._progress = progress
+        if optimizer is not self.optimizer:
+            self._unfollow()
+            self.optimizer = optimizer
+        early = self._early()
+        if not early or self._step_handle is not None:
+            return
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise CallbackError(
+                f"{type(early[0]).__name__} acts on the gradients before each step, but {type(optimizer).__name__} is "
+                "no torch.optim.Optimizer and does not tell of its steps"
+            )
+        self._step_handle = before_each_step(optimizer, self._before_step)
+
+    def tell_changed(self, progress: Progress) -> None:
+        """Tell all callbacks that one of them has changed the structure of the model."""
+        for callback in self._callbacks:
+            callback.changed(progress)
+
     @contextmanager
     def aside(self) -> Generator[None]:
         """Run a block in which the model is itself: its hooks do nothing (while it is captured, or proven)."""
@@ -235,8 +269,24 @@ class Student:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._unfollow()
         while self._at_end:
             self._at_end.pop()()
+
+    def _unfollow(self) -> None:
+        if self._step_handle is not None:
+            self._step_handle.remove()
+        self._step_handle = self.optimizer = None
+
+    def _early(self) -> list[Lifecycle]:
+        """Return the callbacks that act before a step."""
+        return [c for c in self._callbacks if type(c).before_step is not Lifecycle.before_step]
+
+    def _before_step(self) -> None:
+        if self._progress is not None:
+            progress = self._progress()
+            for callback in self._early():
+                callback.before_step(progress)
 
     def _take_items(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -46,11 +46,14 @@ class TrainerEvents(Lifecycle):
             self._check(trainer)
             _count_items(trainer, student)
             _put_first(trainer, self)
-        self.begin(Progress(state.global_step, state.max_steps))
+        optimizer = kwargs.get("optimizer")
+        data = kwargs.get("train_dataloader")
+        student.follow(getattr(optimizer, "optimizer", optimizer), lambda: _progress(args, state, data))
+        self.begin(_progress(args, state, data))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Step. Fired once for an accumulated step, after the update and before ``global_step`` is counted up."""
-        self.after_step(Progress(state.global_step + 1, state.max_steps))
+        self.after_step(_progress(args, state, kwargs.get("train_dataloader"), done=1))
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, Any], **kwargs: Any) -> None:
         """Add the metrics to the training logs, for all that reads them, and to ``state.log_history``."""
@@ -108,6 +111,16 @@ class TrainerEvents(Lifecycle):
                 "computes the loss itself, from labels that the model never sees: leave it out, or call loss(...) in "
                 "your compute_loss"
             )
+
+
+def _progress(args: Any, state: Any, data: Any, done: int = 0) -> Progress:
+    """Return where the Trainer is, `done` steps after those that it has counted."""
+    try:
+        batches = len(data)
+    except TypeError:  # no DataLoader, or one over a stream
+        return Progress(state.global_step + done, state.max_steps)
+    per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+    return Progress(state.global_step + done, state.max_steps, per_epoch)
 
 
 def _count_items(trainer: Any, student: Student) -> None:

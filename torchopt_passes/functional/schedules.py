@@ -6,12 +6,25 @@ shape on the steps of a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torchopt_passes.errors import ConfigError
 
-__all__ = ["SHAPES", "Ramp", "Shape", "constant", "cosine", "cubic", "linear", "named_shape"]
+__all__ = [
+    "SHAPES",
+    "Ramp",
+    "Shape",
+    "constant",
+    "cosine",
+    "cubic",
+    "exponential",
+    "linear",
+    "multi_step",
+    "named_shape",
+    "polynomial",
+]
 
 Shape = Callable[[float], float]
 """Progress in [0, 1] -> share of the way; 0 -> 0 at best, and 1 -> 1 always."""
@@ -50,9 +63,7 @@ def cosine(progress: float) -> float:
         >>> round(cosine(0.5), 12)
         0.5
     """
-    from math import cos, pi
-
-    return (1.0 - cos(pi * progress)) / 2.0
+    return (1.0 - math.cos(math.pi * progress)) / 2.0
 
 
 def constant(progress: float) -> float:
@@ -65,27 +76,138 @@ def constant(progress: float) -> float:
     return 1.0
 
 
-SHAPES: dict[str, Shape] = {"constant": constant, "cosine": cosine, "cubic": cubic, "linear": linear}
-"""The shapes that options name by text."""
+def polynomial(exponent: float) -> Shape:
+    """Return the shape 1 - (1 - p)^e: the larger e > 0, the faster at first; 1 is `linear`, 3 is `cubic`.
+
+    The base 1 - p stays >= 0, so that every exponent, even or broken, gives a shape that only rises.
+
+    Args:
+        exponent: e > 0.
+
+    Raises:
+        ConfigError: an exponent that is not.
+
+    Source:
+        Zhu and Gupta 2017, "To prune, or not to prune", equation 1, which has e = 3.
+
+    Example:
+        >>> polynomial(2)(0.5), polynomial(0.5)(0.75)
+        (0.75, 0.5)
+    """
+    if not (0.0 < exponent < math.inf):
+        raise ConfigError(f"the exponent of a polynomial schedule must be > 0, not {exponent}")
+    return lambda progress: 1.0 - (1.0 - progress) ** exponent
 
 
-def named_shape(shape: str | Shape) -> Shape:
+def exponential(ratio: float) -> Shape:
+    """Return the shape with which what is left, 1 - s, shrinks by the same factor each step.
+
+    Args:
+        ratio: r = (1 - s_f) / (1 - s_i), what is left at the last update as a share of what is left at the first; in
+            (0, 1).
+
+    Math:
+        f(p) = (1 - r^p) / (1 - r), so that s = s_i + (s_f - s_i) f(p) is 1 - (1 - s_i) r^p.
+
+    Raises:
+        ConfigError: a ratio that is not in (0, 1).
+
+    Source:
+        NNCF 2, "Algorithms: Non-structured sparsity", exponential schedule (removed in NNCF 3).
+
+    Example:
+        >>> shape = exponential(0.25)  # from sparsity 0 to 0.75
+        >>> [0.75 * shape(p) for p in (0.0, 0.5, 1.0)]
+        [0.0, 0.5, 0.75]
+    """
+    if not 0.0 < ratio < 1.0:
+        raise ConfigError(
+            f"an exponential schedule needs 0 <= first value < last value < 1: (1 - s_f)/(1 - s_i) is {ratio}"
+        )
+    return lambda progress: (1.0 - ratio**progress) / (1.0 - ratio)
+
+
+def multi_step(steps: Sequence[tuple[float, float]]) -> Shape:
+    """Return the shape of a staircase: from each progress on, the share that goes with it.
+
+    Args:
+        steps: (progress, share) pairs in ascending order; shares in [0, 1], the last one 1; 0 before the first.
+
+    Raises:
+        ConfigError: progresses that do not ascend in [0, 1], or shares that do not end at 1.
+
+    Source:
+        NNCF 2, "Algorithms: Non-structured sparsity", multistep schedule (removed in NNCF 3).
+
+    Example:
+        >>> shape = multi_step([(0.0, 0.5), (0.5, 0.8), (1.0, 1.0)])
+        >>> [shape(p) for p in (0.0, 0.49, 0.5, 1.0)]
+        [0.5, 0.5, 0.8, 1.0]
+    """
+    points = [float(progress) for progress, _ in steps]
+    shares = [float(share) for _, share in steps]
+    if not points or points != sorted(set(points)) or not 0.0 <= points[0] <= points[-1] <= 1.0:
+        raise ConfigError(f"the steps of a schedule must ascend within [0, 1], not {points}")
+    if shares[-1] != 1.0 or not all(0.0 <= share <= 1.0 for share in shares):
+        raise ConfigError(f"the shares of a schedule's steps must be in [0, 1] and end at 1, not {shares}")
+
+    def staircase(progress: float) -> float:
+        return next((s for p, s in zip(reversed(points), reversed(shares), strict=True) if p <= progress), 0.0)
+
+    return staircase
+
+
+SHAPES: dict[str, Shape] = {
+    "agp": cubic,
+    "constant": constant,
+    "cosine": cosine,
+    "cubic": cubic,
+    "linear": linear,
+    "one_shot": constant,
+}
+"""The shapes that options name by text; AGP, automated gradual pruning, is the cubic one."""
+
+_MADE = ("exponential", "multi_step:P=S,...", "polynomial:E")
+
+
+def named_shape(shape: str | Shape, initial: float = 0.0, final: float = 1.0) -> Shape:
     """Return the shape of that name, or the given function.
+
+    Args:
+        shape: a name of `SHAPES`; ``"polynomial:2"``; ``"exponential"``; ``"multi_step:0=0.5,0.6=1"``, pairs of
+            progress and share; or a function of progress.
+        initial: value at the first update, for ``"exponential"``.
+        final: value from the last update on, for ``"exponential"``.
 
     Raises:
         ConfigError: no shape of that name, or a function that does not end at 1.
 
     Example:
-        >>> named_shape("cubic")(1.0)
-        1.0
+        >>> named_shape("cubic")(1.0), named_shape("polynomial:2")(0.5), named_shape("exponential", 0.0, 0.75)(0.5)
+        (1.0, 0.75, 0.6666666666666666)
     """
-    if isinstance(shape, str):
-        if shape not in SHAPES:
-            raise ConfigError(f"no schedule named {shape!r}: one of {sorted(SHAPES)}, or a function of progress")
+    if not isinstance(shape, str):
+        if abs(shape(1.0) - 1.0) > 1e-9:
+            raise ConfigError(
+                f"a schedule must map progress 1 to 1, not to {shape(1.0)}: the final value is never reached"
+            )
+        return shape
+    if shape in SHAPES:
         return SHAPES[shape]
-    if abs(shape(1.0) - 1.0) > 1e-9:
-        raise ConfigError(f"a schedule must map progress 1 to 1, not to {shape(1.0)}: the final value is never reached")
-    return shape
+    if shape == "exponential":
+        return exponential((1.0 - final) / (1.0 - initial) if initial < 1.0 else math.nan)
+    name, _, argument = shape.partition(":")
+    try:
+        if name == "polynomial":
+            return polynomial(float(argument))
+        if name == "multi_step":
+            pairs = [pair.split("=") for pair in argument.split(",")]
+            return multi_step([(float(progress), float(share)) for progress, share in pairs])
+    except ConfigError:
+        raise
+    except ValueError:
+        pass  # what stands behind the colon is no number: no such schedule
+    raise ConfigError(f"no schedule named {shape!r}: one of {[*sorted(SHAPES), *_MADE]}, or a function of progress")
 
 
 @dataclass(frozen=True, kw_only=True)
