@@ -39,16 +39,15 @@ class TrainerEvents(Lifecycle):
         student = Student.of(model)
         student.join(self)  # a no-op, but for model_init, and callbacks added after Trainer.__init__
         trainer = calling_trainer()
-        optimizer = kwargs.get("optimizer")
+        optimizer = getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))  # Accelerate's has it inside
         if student.owns(self) and optimizer is not None:
-            student.train_owned(getattr(optimizer, "optimizer", optimizer))
+            student.train_owned(optimizer)
         if trainer is not None:
             self._check(trainer)
             _count_items(trainer, student)
             _put_first(trainer, self)
-        optimizer = kwargs.get("optimizer")
         data = kwargs.get("train_dataloader")
-        student.follow(getattr(optimizer, "optimizer", optimizer), lambda: _progress(args, state, data))
+        student.follow(optimizer, lambda: _progress(args, state, data))
         self.begin(_progress(args, state, data))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
