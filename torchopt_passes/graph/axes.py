@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,16 +19,31 @@ from torch.utils import _pytree as pytree
 from torchopt_passes._compat import fake_tensor_mode, flat_inputs, is_operator, output_spec_of
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.align import user_line
+from torchopt_passes.graph.graph_state import GraphState
 from torchopt_passes.graph.inference import named_outputs
 from torchopt_passes.graph.inplace import written_argument
 from torchopt_passes.graph.labels import Ids, Labels
 from torchopt_passes.graph.modes import select
 from torchopt_passes.graph.tensors import aliases, named_tensors
 
-__all__ = ["Axes", "AxisLabels", "Call", "MacTerm", "Mask", "Rule", "analyse_axes", "base_name", "live_nodes"]
+__all__ = [
+    "Axes",
+    "AxisLabels",
+    "Call",
+    "MacTerm",
+    "Mask",
+    "Rule",
+    "analyse_axes",
+    "base_name",
+    "forget_axes",
+    "live_nodes",
+]
 
 Mask = npt.NDArray[np.bool_]
 """Of labels or of the indices of an axis: bool for each."""
+
+_KNOWN = "_known_axes"
+"""The attribute of a module that keeps its last analysis."""
 
 AxisLabels = tuple[Ids, ...]
 """The labels of a tensor: one array for each axis, as long as the axis."""
@@ -76,6 +92,12 @@ class Axes:
         self.lookups: dict[fx.Node, Ids] = {}
         self.macs: list[MacTerm] = []
 
+    def copy(self) -> Axes:
+        """Return an analysis whose labels can be locked without this one's being so."""
+        other = copy.copy(self)
+        other.labels = self.labels.copy()
+        return other
+
     def kept(self, ids: Ids, removed: Mask) -> Mask:
         """Return which indices of an axis stay, bool, when the atoms of `removed` (bool by label) leave."""
         if not ids.any():
@@ -96,10 +118,38 @@ def analyse_axes(graph_module: fx.GraphModule, free_outputs: Sequence[str] = ("*
     Raises:
         ConfigError: the graph has no example inputs, holds fake-quantizers, or a glob matches no output.
     """
-    from torchopt_passes.graph.axis_rules import rule_of
-
     if graph_module.meta.get("example_inputs") is None:
         raise ConfigError("the graph has no example inputs: capture(model, ...) keeps them")
+    axes = _followed(graph_module)
+    output = graph_module.graph.output_node()
+    for name, labels in _outputs(axes, output, free_outputs):
+        for ids in labels:
+            axes.labels.lock(ids, f"an output of the model ({name})")
+    return axes
+
+
+def forget_axes(graph_module: fx.GraphModule) -> None:
+    """Let go of the analysis that is kept with a graph, when it is of no use any more."""
+    graph_module.__dict__.pop(_KNOWN, None)
+
+
+def _followed(graph_module: fx.GraphModule) -> Axes:
+    """Return the analysis of a graph, outputs not locked; what was found for the same graph before is used again.
+
+    A plan, its proof and its surgery ask for it one after the other. It is kept with the module, and good for as long
+    as the nodes and their arguments, the shapes of the tensors, and the values of the integer ones (constant indices)
+    are what they were.
+    """
+    state = GraphState.of(graph_module)
+    known: tuple[GraphState, Axes] | None = graph_module.__dict__.get(_KNOWN)
+    if known is None or not known[0].same(state):
+        known = graph_module.__dict__[_KNOWN] = (state, _follow(graph_module))
+    return known[1].copy()
+
+
+def _follow(graph_module: fx.GraphModule) -> Axes:
+    from torchopt_passes.graph.axis_rules import rule_of
+
     axes = Axes(graph_module)
     first = aliases(graph_module)
     tensors = dict(named_tensors(graph_module))
@@ -113,11 +163,7 @@ def analyse_axes(graph_module: fx.GraphModule, free_outputs: Sequence[str] = ("*
             axes.values[node] = _fixed(axes.sizes[node])
         elif node.op == "call_module":
             raise ConfigError(f"{node.target} is a fake-quantizer: remove channels before InsertFakeQuant")
-        elif node.op == "output":
-            for name, labels in _outputs(axes, node, free_outputs):
-                for ids in labels:
-                    axes.labels.lock(ids, f"an output of the model ({name})")
-        else:
+        elif node.op != "output":
             axes.values[node] = _apply(Call(axes, node), rule_of(node))
     return axes
 

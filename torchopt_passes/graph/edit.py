@@ -46,6 +46,9 @@ class Edit(Record):
     on_source: ClassVar[bool] = True
     """Whether it can be applied to the user's own module too, or to a captured graph alone."""
 
+    writes_values: ClassVar[bool] = True
+    """Whether it changes tensors in place; one that only puts new ones in their place is rolled back without a copy."""
+
     target: str
     reason: str
     numbers: dict[str, float] = field(default_factory=dict[str, float])

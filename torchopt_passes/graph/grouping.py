@@ -84,7 +84,12 @@ def group_axes(axes: Axes) -> Grouping:
     for reason in dict.fromkeys(reasons[reasons != ""]):
         of_reason = stuck[(reasons == reason) & (stuck > 0)]
         found += [(roots, reason) for roots in _classes(of_reason, signature * 0, table.blocks(of_reason))]
-    made = [entry for roots, locked in found if (entry := _group(axes, listed, roots, locked, count)) is not None]
+    touched = _touched(listed, [roots for roots, _ in found], count)
+    made = [
+        entry
+        for (roots, locked), near in zip(found, touched, strict=True)
+        if (entry := _group(axes, near, roots, locked, count)) is not None
+    ]
     partners = _partners(listed, [roots for _, roots, group in made if group.locked is None], count)
     made.sort(key=lambda entry: (entry[0], -_rank(axes, int(entry[1][0]))))
     names: dict[int, str] = {}
@@ -136,14 +141,26 @@ def _classes(roots: Ids, signature: np.ndarray[tuple[int], np.dtype[np.uint64]],
             yield roots[inverse.ravel() == number]
 
 
+def _touched(listed: list[_Axis], classes: list[Ids], count: int) -> list[list[tuple[int, _Axis]]]:
+    """Return, for each class of atoms, the axes that they cut or hold, with their places in the list."""
+    class_of = np.zeros(count, np.int64)
+    for number, roots in enumerate(classes):
+        class_of[roots] = number + 1
+    found: list[list[tuple[int, _Axis]]] = [[] for _ in range(len(classes) + 1)]
+    for place, axis in enumerate(listed):
+        for number in np.unique(class_of[np.concatenate([axis.factors.ravel(), axis.locked])]):
+            found[number].append((place, axis))
+    return found[1:]
+
+
 def _group(
-    axes: Axes, listed: list[_Axis], roots: Ids, locked: str | None, count: int
+    axes: Axes, listed: list[tuple[int, _Axis]], roots: Ids, locked: str | None, count: int
 ) -> tuple[int, Ids, ChannelGroup] | None:
     """Return place, atoms and a group of atoms; None where no parameter is among its axes."""
     lookup = np.full(count, -1, np.int64)
     lookup[roots] = np.arange(len(roots))
     touched: list[tuple[int, _Axis, Ids]] = []
-    for number, axis in enumerate(listed):
+    for number, axis in listed:
         if locked is None or not lookup[axis.locked].max(initial=-1) >= 0:
             factors = axis.factors
         else:

@@ -8,6 +8,7 @@ parts are locked, so that an answer is never wrong, only smaller.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy.typing as npt
 __all__ = ["DIM", "HEADS", "INNER", "OUTER", "Ids", "Labels"]
 
 Ids = npt.NDArray[np.int64]
+
+_ARRAYS = ("_parent", "_left", "_right", "_lock", "_marks", "_block")
 
 OUTER, INNER, HEADS, DIM = 1, 2, 4, 8
 """Marks of atoms: a block of a split axis, the same place in every block, a head of attention, a feature of heads."""
@@ -47,6 +50,14 @@ class Labels:
 
     def __len__(self) -> int:
         return self._count
+
+    def copy(self) -> Labels:
+        """Return labels of their own life: what is locked or unified there is not here."""
+        other = copy.copy(self)
+        for name in _ARRAYS:
+            setattr(other, name, getattr(self, name).copy())
+        other._reasons, other._reason_ids = list(self._reasons), dict(self._reason_ids)
+        return other
 
     def fresh(self, count: int, mark: int = 0) -> Ids:
         """Return new atoms, shape (count,); together they are a block."""
@@ -253,7 +264,7 @@ class Labels:
     def _allocate(self, count: int) -> Ids:
         start, self._count = self._count, self._count + count
         while self._count > len(self._parent):
-            for name in ("_parent", "_left", "_right", "_lock", "_marks", "_block"):
+            for name in _ARRAYS:
                 array = getattr(self, name)
                 setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
         ids = np.arange(start, self._count, dtype=np.int64)

@@ -64,7 +64,7 @@ class Plan:
         Raises:
             PlanError: an edit does not fit the module or the optimizer; both are as they were before.
         """
-        snapshot = Snapshot(module, optimizer)
+        snapshot = Snapshot(module, optimizer, values=any(edit.writes_values for edit in self.edits))
         try:
             for edits in _groups(self.edits):
                 if not (edits[0].on_source or isinstance(module, fx.GraphModule)):

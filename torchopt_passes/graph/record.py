@@ -150,7 +150,7 @@ def _not_finite(value: Any) -> bool:
     if isinstance(value, float):
         return not math.isfinite(value)
     if isinstance(value, tuple):
-        return any(_not_finite(item) for item in value)
+        return any(_not_finite(item) for item in value if type(item) is not int)
     if isinstance(value, dict):
         return any(_not_finite(item) for item in value.values())
     if isinstance(value, torch.Tensor) and value.is_floating_point():

@@ -23,11 +23,12 @@ class Snapshot:
             objects with attributes) are kept one level deep.
         optimizer: an optimizer whose state is kept too; its tensors are not copied, so they must be replaced, not
             changed in place.
+        values: whether to keep the values of tensors; without them, tensors must be replaced, not changed in place.
 
-    Memory: one copy of every parameter and buffer, for as long as the snapshot lives.
+    Memory: one copy of every parameter and buffer, for as long as the snapshot lives, where it keeps the values.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Any = None) -> None:
+    def __init__(self, module: nn.Module, optimizer: Any = None, *, values: bool = True) -> None:
         self._module = module
         self._attributes = {child: _attributes(child) for child in module.modules()}
         self._classes = {child: type(child) for child in self._attributes}
@@ -37,7 +38,9 @@ class Snapshot:
         self._optimizer_state = {} if optimizer is None else {p: dict(s) for p, s in optimizer.state.items()}
         self._optimized = [] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
         tensors = {id(t): t for child in module.modules() for t in _tensors(child)}
-        self._tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors.values()]
+        self._tensors = [
+            (t, t.detach().clone() if values else t.detach(), t.requires_grad, t.grad) for t in tensors.values()
+        ]
         self._graph = copy_graph(module.graph) if isinstance(module, fx.GraphModule) else None
         self._names = _names(module)
 

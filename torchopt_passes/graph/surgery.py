@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from torchopt_passes.errors import PlanError
-from torchopt_passes.graph.axes import Axes, AxisLabels, Mask, analyse_axes, base_name, live_nodes
+from torchopt_passes.graph.axes import Axes, AxisLabels, Mask, analyse_axes, base_name, forget_axes, live_nodes
 from torchopt_passes.graph.labels import Ids
 from torchopt_passes.graph.state import free_name
 from torchopt_passes.graph.tensors import aliases, find_owner, get_tensor
@@ -57,6 +57,7 @@ def remove_indices(
         if fit is not None and axes.values.get(node) is not None:
             fit(_Fitting(axes, node, removed))
     fill_values(graph_module)
+    forget_axes(graph_module)
     return replaced
 
 
@@ -130,7 +131,7 @@ def _cut(tensor: torch.Tensor, kept: Sequence[Mask]) -> torch.Tensor:
     for dim, mask in enumerate(kept):
         if not mask.all():
             tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(tensor.device))
-    return tensor.clone()
+    return tensor
 
 
 class _Fitting:

@@ -32,6 +32,8 @@ class RemoveIndices(Edit):
         size: of the dimension before, to tell whether the module is the one that the plan was made for.
     """
 
+    writes_values = False
+
     dim: int
     indices: tuple[int, ...]
     size: int

@@ -26,6 +26,8 @@ class ResizeAttribute(Edit):
         new: its value after.
     """
 
+    writes_values = False
+
     old: Size
     new: Size
 

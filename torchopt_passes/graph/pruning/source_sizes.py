@@ -23,6 +23,7 @@ class OnlyGraph(Edit):
     """Say that a plan fits the captured graph alone: the source module's own code cannot follow the removal."""
 
     on_source = False
+    writes_values = False
 
     def apply(self, module: nn.Module) -> None:
         """Change nothing: the graph is what the plan was made for."""

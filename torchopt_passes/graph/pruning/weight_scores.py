@@ -27,7 +27,7 @@ _SCALES: dict[object, tuple[int, ...]] = {
     aten.rms_norm.default: (2,),
     aten.mul.Tensor: (0, 1),  # norms that are written by hand, layer scale
 }
-_BLOCK = 2**24  # weights that are taken to float64 at a time
+_BLOCK = 2**19  # weights that are taken to float64 at a time: they fit a cache
 
 
 class WeightScores:
