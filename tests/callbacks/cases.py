@@ -33,6 +33,9 @@ from torchopt_passes.callbacks import (
 from torchopt_passes.functional.masks import magnitude_mask
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 
+SMALLER = "units have left: the smaller model is loaded with load_pruned"
+FAKE_QUANT = "fake-quantizers stay: what leaves our library is the converted graph"
+
 
 def pruned_bert(dropout: float = 0.0) -> nn.Module:
     """A student that comes with zeros: half of each matrix."""
@@ -58,6 +61,8 @@ class Case:
     extra_state: endings of the state_dict keys that the callback may add while it is installed.
     settled: the callback for which micro-batches do not see each other; None for `make`.
     begun: brings a model to what it computes once the callback has begun; None for what it is.
+    plain: a model of PyTorch or Transformers that the trained student's state_dict fits, for students that are none.
+    stays_ours: why the trained student fits no such model; empty if it does.
     """
 
     make: Callable[[], Callback]
@@ -66,6 +71,8 @@ class Case:
     extra_state: tuple[str, ...] = ()
     settled: Callable[[], Callback] | None = None
     begun: Callable[[nn.Module], object] | None = None
+    plain: Callable[[], nn.Module] = conv_net
+    stays_ours: str = ""
 
     def bare(self, dropout: float) -> nn.Module:
         """The model as the callback lets it begin, without the callback."""
@@ -85,6 +92,7 @@ CASES: dict[str, Case] = {
         model=quantized_net,
         data=images,
         extra_state=("weight_mask",),
+        stays_ours=FAKE_QUANT,
     ),
     "GradualChannelPruning": Case(
         make=lambda: GradualChannelPruning(
@@ -92,6 +100,7 @@ CASES: dict[str, Case] = {
         ),
         model=bare_net,
         data=images,
+        stays_ours=SMALLER,
         extra_state=("weight_0_mask",),
     ),
     "GradualChannelPruning-captured": Case(
@@ -99,20 +108,26 @@ CASES: dict[str, Case] = {
         model=captured_net,
         data=images,
         extra_state=("weight_0_mask",),
+        stays_ours=SMALLER,
     ),
     "KeepZeros": Case(make=lambda: KeepZeros(skip=("classifier",)), model=pruned_bert, extra_state=("weight_mask",)),
     "Distillation": Case(make=lambda: Distillation(tiny_bert(seed=7).train(), alpha=0.3, temperature=3.0)),
     "Distillation-captured": Case(
         make=lambda: Distillation(conv_net(0.5, seed=7), form="ce", scale_t2=False), model=captured_net, data=images
     ),
-    "GradualBits": Case(make=lambda: GradualBits(start=1, end=5), model=narrow_net, data=images, begun=widen),
-    "QuantizationNoise": Case(make=lambda: QuantizationNoise(share=0.6, seed=3), model=quantized_net, data=images),
+    "GradualBits": Case(
+        make=lambda: GradualBits(start=1, end=5), model=narrow_net, data=images, begun=widen, stays_ours=FAKE_QUANT
+    ),
+    "QuantizationNoise": Case(
+        make=lambda: QuantizationNoise(share=0.6, seed=3), model=quantized_net, data=images, stays_ours=FAKE_QUANT
+    ),
     "QuantizationSchedule": Case(
         make=lambda: QuantizationSchedule(observer_off=0.4, freeze_bn=0.6),
         model=quantized_net,
         data=images,
         # until then ranges and batch statistics are those of a micro-batch, by their nature
         settled=lambda: QuantizationSchedule(observer_off=0, freeze_bn=0),
+        stays_ours=FAKE_QUANT,
     ),
 }
 

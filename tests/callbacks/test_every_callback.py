@@ -6,13 +6,15 @@ import copy
 import inspect
 import io
 import random
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import fx, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from tests.callbacks.cases import CASES, Case, exported
 from tests.callbacks.loops import (
@@ -25,6 +27,7 @@ from tests.callbacks.loops import (
     trainer_gradient,
     uncoupled,
 )
+from tests.callbacks.other_loops import LIGHTNING_WARNS, train_accelerate, train_lightning
 from torchopt_passes.callbacks import Callback, attach
 from torchopt_passes.errors import CallbackError
 
@@ -54,6 +57,42 @@ def test_trainer_and_plain_loop_give_the_same_weights(case: Case, accumulate: in
     train_plain(ours, data, [case.make()], accumulate=accumulate)
     assert same_state(ours, theirs)
     assert not same_state(ours, case.model(0.0))
+
+
+@EVERY
+@pytest.mark.parametrize("train", [train_accelerate, train_lightning], ids=["accelerate", "lightning"])
+@LIGHTNING_WARNS
+def test_other_loops_give_the_weights_of_the_plain_loop_and_resume(
+    case: Case, train: Callable[..., None], tmp_path: Path
+) -> None:
+    data = case.data(24)
+    expected, straight, resumed = case.model(0.0), case.model(0.0), case.model(0.0)
+    train_plain(expected, data, [case.make()], accumulate=2)
+    train(straight, data, [case.make()], accumulate=2, folder=tmp_path, save=3)
+    assert same_state(straight, expected)
+    train(resumed, data, [case.make()], accumulate=2, folder=tmp_path, resume=True)
+    assert same_state(resumed, expected)
+    assert hooks_of(resumed) == hooks_of(case.model(0.0))
+
+
+@EVERY
+def test_the_trained_model_loads_where_our_library_is_not(case: Case, tmp_path: Path) -> None:
+    model, batch = case.model(0.0), collate(case.data(4))
+    train_plain(model, case.data(16), [case.make()])
+    if case.stays_ours:
+        pytest.skip(case.stays_ours)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(tmp_path)
+        plain, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values()), report
+    else:
+        save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+        plain = case.plain()
+        plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert not type(plain).__module__.startswith("torchopt_passes")
+    with torch.no_grad():
+        expected, found = model.eval()(**batch), plain.eval()(**batch)
+    assert torch.equal(found.logits, expected.logits)
 
 
 @EVERY

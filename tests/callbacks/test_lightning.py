@@ -1,4 +1,4 @@
-"""The Lightning adapter; runs where Lightning is installed."""
+"""The Lightning adapter: what the battery does not see of it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from tests.callbacks.loops import LEARNING_RATE, collate, ragged_tokens, same_state, tiny_bert, train_plain
-from torchopt_passes.callbacks import Distillation, GradualPruning, lightning_callback
+from tests.callbacks.loops import ragged_tokens, tiny_bert
+from tests.callbacks.other_loops import LIGHTNING_WARNS, Student, train_lightning
+from torchopt_passes.callbacks import Callback, Distillation, GradualPruning, lightning_callback
+from torchopt_passes.callbacks.lifecycle import Progress
 from torchopt_passes.errors import CallbackError, MissingExtraError
 
 
@@ -21,62 +23,43 @@ def test_a_missing_lightning_names_the_extra(monkeypatch: pytest.MonkeyPatch) ->
         lightning_callback([])
 
 
-def callbacks() -> list[Any]:
-    return [GradualPruning(sparsity=0.6, start=1, end=5, every=1), Distillation(tiny_bert(seed=7), alpha=0.3)]
+@LIGHTNING_WARNS
+def test_metrics_are_logged_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr(Student, "log_dict", lambda self, metrics: logged.append(dict(metrics)))
+    callbacks = [GradualPruning(sparsity=0.5, start=1, end=2), Distillation(tiny_bert(seed=7))]
+    train_lightning(
+        tiny_bert(), ragged_tokens(24), callbacks, folder=tmp_path, accumulate=2, steps=3, log_every_n_steps=1
+    )
+    assert [entry.get("sparsity") for entry in logged] == [0.0, 0.5, 0.5]
+    assert all(entry.keys() == {"sparsity", "kd_loss", "ce_loss"} for entry in logged)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_gives_the_weights_of_the_plain_loop_and_resumes(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning.pytorch")
+@LIGHTNING_WARNS
+def test_an_error_removes_the_callbacks(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def after_step(self, progress: Progress) -> None:
+            raise ZeroDivisionError
 
-    class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = tiny_bert()
-            self.hooks: list[int] = []
-
-        def training_step(self, batch: Any, index: int) -> torch.Tensor:
-            return self.model.train()(**batch).loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-
-    def run(steps: int, checkpoint: Path | None = None, save: Path | None = None, total: int = 6) -> Module:
-        module, adapter = Module(), lightning_callback(callbacks())
-
-        class Stop(lightning.Callback):  # type: ignore[misc,name-defined]
-            def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-                if save is not None and trainer.global_step == steps:
-                    trainer.save_checkpoint(save)
-                    trainer.should_stop = True
-
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-        trainer = lightning.Trainer(
-            max_steps=total,
-            min_steps=1,
-            callbacks=[adapter, Stop()],
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            **quiet,
-        )
-        data = ragged_tokens(24)[:-1] + ragged_tokens(24)[:1]  # Lightning's mean of a batch without labels is NaN
-        trainer.fit(
-            module, DataLoader(data, batch_size=8, collate_fn=collate), ckpt_path=checkpoint, weights_only=False
-        )
-        return module
-
-    straight = run(6)
-    plain = tiny_bert()
-    train_plain(plain, ragged_tokens(24)[:-1] + ragged_tokens(24)[:1], callbacks())
-    assert same_state(straight.model, plain)
-    run(3, save=tmp_path / "three.ckpt")
-    assert same_state(run(6, checkpoint=tmp_path / "three.ckpt").model, plain)
-    assert not straight.model._forward_hooks
+    model, pruning = tiny_bert(), GradualPruning(sparsity=0.5)
+    with pytest.raises(ZeroDivisionError):
+        train_lightning(model, ragged_tokens(24), [pruning, Stop()], folder=tmp_path)
+    assert pruning.student is None
+    assert set(model.state_dict()) == set(tiny_bert().state_dict())
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_wrong_student_is_named(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning.pytorch")
+@LIGHTNING_WARNS
+def test_two_optimizers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two(self: Student) -> Any:
+        return [torch.optim.SGD(self.model.parameters(), lr=0.1) for _ in range(2)]
+
+    monkeypatch.setattr(Student, "configure_optimizers", two)
+    monkeypatch.setattr(Student, "automatic_optimization", property(lambda self: False), raising=False)
+    with pytest.raises(CallbackError, match="one optimizer must train the student; Lightning has 2"):
+        train_lightning(tiny_bert(), ragged_tokens(24), [GradualPruning(sparsity=0.5)], folder=tmp_path)
+
+
+def test_a_wrong_student_is_named() -> None:
     adapter = lightning_callback([GradualPruning(sparsity=0.5)], student="student")
     with pytest.raises(CallbackError, match="LightningModule has no submodule 'student'"):
         adapter.setup(None, lightning.LightningModule(), "fit")

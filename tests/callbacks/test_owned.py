@@ -27,6 +27,7 @@ from tests.callbacks.loops import (
     tiny_bert,
     train_plain,
 )
+from tests.callbacks.other_loops import LIGHTNING_WARNS, train_accelerate, train_lightning
 from torchopt_passes.callbacks import Callback, GradualPruning, LossTerm, StudentCall, attach
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError
@@ -172,6 +173,17 @@ def test_copies_and_pickles_have_no_callback_but_compute_the_same() -> None:
         buffer.seek(0)
         for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
             assert torch.equal(other(**batch).loss, expected)
+
+
+@pytest.mark.parametrize("train", [train_accelerate, train_lightning])
+@LIGHTNING_WARNS
+def test_other_loops_train_and_resume_them(train: Any, tmp_path: Path) -> None:
+    plain, straight, resumed = tiny_bert(), tiny_bert(), tiny_bert()
+    train_plain(plain, DATA, [Probe(lr=0.5)])
+    train(straight, DATA, [Probe(lr=0.5)], folder=tmp_path, save=3)
+    assert same_state(straight, plain)
+    train(resumed, DATA, [Probe(lr=0.5)], folder=tmp_path, resume=True)
+    assert same_state(resumed, plain)
 
 
 @pytest.mark.parametrize("attach_first", [True, False])

@@ -135,12 +135,20 @@ class Session:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in trained for p in self._student.model.parameters()):
             raise CallbackError("the optimizer holds no parameter of this model: make it from model.parameters()")
-        self._student.train_owned(optimizer)
+        self.train_owned(optimizer)
         self.optimizer, self.step = optimizer, step
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self._student.follow(optimizer, lambda: self.progress)
         self._handle = optimizer.register_step_post_hook(self._stepped)
         self._begin()
+
+    def train_owned(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer train the parameters that callbacks brought; `bind` does it, where that is not too late.
+
+        Raises:
+            CallbackError: the optimizer cannot take them: a learning-rate scheduler follows it already.
+        """
+        self._student.train_owned(optimizer)
 
     @property
     def progress(self) -> Progress:

@@ -45,6 +45,7 @@ def lightning_callback(callbacks: Iterable[Lifecycle], *, student: str = "model"
         """Maps Lightning's events to a `Session`."""
 
         session: Session | None = None
+        logged = 0
 
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             """Install before the optimizer is made and a checkpoint is loaded."""
@@ -52,11 +53,18 @@ def lightning_callback(callbacks: Iterable[Lifecycle], *, student: str = "model"
                 self._abandon()
                 self.session = Session(_student(pl_module, student), given)
 
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            """Give the optimizer what callbacks brought: it is made by now, and loaded after this."""
+            if self.session is not None:
+                for optimizer in trainer.optimizers:
+                    self.session.train_owned(optimizer)
+
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             """Begin: optimizer, weights and length of the run are known."""
             if self.session is None or len(trainer.optimizers) != 1:
                 raise CallbackError(f"one optimizer must train the student; Lightning has {len(trainer.optimizers)}")
             steps = trainer.estimated_stepping_batches
+            self.logged = trainer.global_step
             total = None if steps == float("inf") else int(steps)
             batches = trainer.num_training_batches
             per_epoch = None if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
@@ -65,8 +73,10 @@ def lightning_callback(callbacks: Iterable[Lifecycle], *, student: str = "model"
             )
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-            """Log the metrics, as often as Lightning logs."""
-            if self.session is not None and trainer.global_step % trainer.log_every_n_steps == 0:
+            """Log the metrics, after as many optimizer steps as Lightning logs."""
+            step = trainer.global_step
+            if self.session is not None and step != self.logged and step % trainer.log_every_n_steps == 0:
+                self.logged = step
                 pl_module.log_dict(self.session.metrics())
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
