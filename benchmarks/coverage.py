@@ -76,8 +76,8 @@ def main() -> None:
         rows = [(case, tool) for case, tool in rows if (case.suite, case.name, TOOLS[tool]) not in done]
         if options.again:
             rows = [(case, tool) for case, tool in rows if (case.suite, case.name, TOOLS[tool]) in again]
-        # the peer sees a model once: what is refused here is another configuration of a model in the list
-        run_all([(case, tool) for case, tool in rows if tool == "ours" or not case.refused], options.jobs)
+        # the peer sees a model once: what is refused or freed here is another configuration of a model in the list
+        run_all([(c, tool) for c, tool in rows if tool == "ours" or not (c.refused or c.free_outputs)], options.jobs)
 
 
 def run_all(rows: list[tuple[Case, str]], jobs: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ class Case:
         inputs: makes ``(args, kwargs)`` of a batch size, the same for the same size.
         size: what it takes, in words.
         refused: why `capture` refuses it, where that is documented.
+        free_outputs: globs on the outputs that may get narrower; every output keeps its shape where there are none.
     """
 
     suite: str
@@ -42,6 +43,7 @@ class Case:
     inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
     size: str
     refused: str = ""
+    free_outputs: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
         """Return the model in eval mode: the same weights at every call."""
@@ -160,10 +162,18 @@ def _timm() -> list[Case]:
 
 
 def _transformers() -> list[Case]:
-    return [
+    found = [
         Case("transformers", name, spec.build, spec.case, f"length {spec.length}", spec.reason if spec.refused else "")
         for name, spec in TRANSFORMERS.items()
     ]
+    # models whose width is an output beside the logits
+    free = {"bart": ("encoder_last_hidden_state",), "clip": ("*_embeds", "*_last_hidden_state", "*_pooler_output")}
+    found += [
+        replace(case, suite="transformers, logits alone kept", free_outputs=free[case.name])
+        for case in found
+        if case.name in free
+    ]
+    return found
 
 
 def _images(batch: int, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -36,10 +36,10 @@ def run(case: Case, row: Row) -> None:
     row["captured"] = "yes"
     del model
     graph.eval()
-    describe_groups(row, graph)
+    describe_groups(row, graph, case.free_outputs)
     try:
         with seconds_of_planning_and_surgery(row):
-            result = top.PruneChannels(ratio=RATIO)(graph, top.PassContext())
+            result = top.PruneChannels(ratio=RATIO, free_outputs=case.free_outputs)(graph, top.PassContext())
     except ProofError as error:
         row |= {"outcome": "wrong, rolled back", "note": words(error, "proof")}
         return
@@ -91,10 +91,10 @@ def seconds_of_planning_and_surgery(row: Row) -> Iterator[None]:
         top.PruneChannels.plan, top.Plan.apply = plan, apply
 
 
-def describe_groups(row: Row, graph: top.CapturedModule) -> None:
+def describe_groups(row: Row, graph: top.CapturedModule, free_outputs: tuple[str, ...] = ()) -> None:
     """Count the groups of a captured model, and say which are locked and why."""
     try:
-        groups = top.find_channel_groups(graph)
+        groups = top.find_channel_groups(graph, free_outputs)
     except Exception as error:
         row["locked"] = words(error, "groups")
         return

@@ -3,10 +3,11 @@
     python -m benchmarks.pruning_cost           # everything, one process a row
     python -m benchmarks.pruning_cost speed     # one part
 
-Each row is a process of its own on one thread, its seconds are those of the processor; the record is benchmarks/records/pruning_cost.json. `speed` compares
-capture, plan and surgery (no proof, which torch-pruning does not have) with torch-pruning's graph building, importance
-and removal, in interleaved runs. `large` analyses and plans a model of the shape of Llama-3.2-1B on the meta device.
-`latency` times what is left of a BERT-base and of a Llama with grouped-query attention at ratio 0.5.
+Each row is a process of its own on one thread, its seconds are those of the processor; the record is
+benchmarks/records/pruning_cost.json. `speed` compares capture, plan and surgery (no proof, which torch-pruning does not
+have) with torch-pruning's graph building, importance and removal, in interleaved runs. `large` analyses and plans a
+model of the shape of Llama-3.2-1B on the meta device. `latency` times what is left of a BERT-base and of a Llama with
+grouped-query attention at ratio 0.5.
 """
 
 from __future__ import annotations
