@@ -17,7 +17,11 @@ from tests.torchvision_models import torchvision_models
 
 __all__ = ["SUITES", "Case", "cases", "randomise"]
 
-SUITES = {"torchvision": ("torchvision", "torchvision detection"), "timm": ("timm",), "transformers": ("transformers",)}
+SUITES = {
+    "torchvision": ("torchvision", "torchvision detection"),
+    "timm": ("timm",),
+    "transformers": ("transformers", "transformers, logits alone kept"),
+}
 """What ``--suite`` takes -> the suites of the record."""
 SEED = 0
 BATCH = 2

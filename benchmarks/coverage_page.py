@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.coverage_models import SUITES
+
 __all__ = ["write_page"]
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
@@ -131,7 +133,7 @@ def _grouped(rows: list[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
     found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         found[tuple(row[name] for name in names)].append(row)
-    order = ("torchvision", "torchvision detection", "timm", "transformers")
+    order = [name for names in SUITES.values() for name in names]
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1] != "torchopt_passes")))
 
 
