@@ -14,11 +14,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAME = "torchopt_passes"
 
 # layer -> the layers it may import (itself always)
-BASE = {"errors", "_compat", "progress"}
+BASE = {"errors", "_compat", "progress", "ranks"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "_compat": {"errors"},
     "progress": set(),
+    "ranks": {"errors"},
     "functional": {"errors"},
     "graph": BASE | {"functional"},
     "callbacks": BASE | {"functional", "graph"},

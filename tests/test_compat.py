@@ -150,3 +150,23 @@ def test_decomposed_ops_round_as_their_formula() -> None:
     assert q.tolist() == [6, 0]
     back = ops.dequantize_per_tensor.default(q, 0.1, 3, 0, 255, torch.uint8)
     torch.testing.assert_close(back, torch.tensor([0.3, -0.3]))
+
+
+def test_the_wrapper_whose_forward_runs_is_known() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    found: list[object] = []
+
+    class Inside(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found.append(_compat.active_data_parallel())
+            return super().forward(x)
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(Inside(1, 1))
+        wrapped(torch.ones(1, 1))
+        wrapped.module(torch.ones(1, 1))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found == [wrapped, None]

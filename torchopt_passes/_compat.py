@@ -256,6 +256,18 @@ def decomposed_ops() -> Any:
     return torch.ops.quantized_decomposed
 
 
+def active_data_parallel() -> nn.Module | None:
+    """Return the DistributedDataParallel whose forward is running now, or None.
+
+    The model inside does not know its wrapper, and loops wrap before or after callbacks are installed.
+    """
+    import torch
+
+    if torch.compiler.is_compiling() or not torch.distributed.is_available():
+        return None
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
 def compiled_source(model: nn.Module) -> nn.Module | None:
     """Return the module that ``torch.compile`` wraps in `model`, or None if it is no compiled module."""
     source = getattr(model, "_orig_mod", None)

@@ -31,6 +31,7 @@ from tests.callbacks.other_loops import LIGHTNING_WARNS, train_accelerate, train
 from torchopt_passes.callbacks import Callback, GradualPruning, LossTerm, StudentCall, attach
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError
+from torchopt_passes.functional.losses import masked_mean
 
 DATA = ragged_tokens(24)
 
@@ -54,7 +55,8 @@ class Probe(Callback):
 
     def loss_term(self, call: StudentCall) -> LossTerm:
         head = call.model.get_submodule(f"torchopt_{self.name}")
-        return LossTerm(0.1 * head(call.output.logits.float()).square().mean())
+        values = head(call.output.logits.float()).square().mean(-1)
+        return LossTerm(0.1 * masked_mean(values, call.labels.ne(-100)))
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.events.append(float(self.head.weight.detach().sum()))

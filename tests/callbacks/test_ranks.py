@@ -1,4 +1,7 @@
-"""Two ranks of half the batch train the weights that one rank trains, masks and distillation included."""
+"""Two ranks of half the batch train the weights that one rank trains: every callback, in the Trainer and in loops.
+
+The two ranks are started once, by torchrun over gloo, and do all jobs of `ranks.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,64 +9,168 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch import nn
 
-from tests.callbacks.loops import make_trainer, ragged_tokens, tiny_bert
-from torchopt_passes.callbacks import Callback, Distillation, GradualPruning
+from tests.callbacks import ranks
+from tests.callbacks.cases import CASES
+from tests.callbacks.loops import collate, images, quantized_net, tiny_bert, uncoupled
+from tests.callbacks.ranks import BATCH, CALIBRATIONS, DATA, STEPS, calibrate, train_plain, train_trainer
+from tests.callbacks.test_owned import Probe
+from torchopt_passes.callbacks import QuantizationSchedule
+from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
+from torchopt_passes.ranks import checksum
 
-STEPS, BATCH = 4, 8
-
-RUN = """
-import sys
-from pathlib import Path
-import torch
-from tests.callbacks.test_ranks import train
-
-torch.set_num_threads(1)
-model = train(Path(sys.argv[1]), ranks=2)
-gathered = [None, None]
-torch.distributed.all_gather_object(gathered, model.state_dict())
-if torch.distributed.get_rank() == 0:
-    torch.save(gathered, Path(sys.argv[1]) / "ranks.pt")
-"""
+State = dict[str, torch.Tensor]
 
 
-def callbacks() -> list[Callback]:
-    return [
-        GradualPruning(sparsity=0.5, start=1, end=3, every=1, scope="global"),
-        Distillation(tiny_bert(seed=7), alpha=0.4),
-    ]
-
-
-def train(folder: Path, ranks: int) -> torch.nn.Module:
-    """Ragged labels, two micro-batches a step; the whole batch is `BATCH` whatever the number of ranks."""
-    model = tiny_bert()
-    options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False} if ranks > 1 else {}
-    options |= {"optim": "sgd", "learning_rate": 0.5}
-    data = ragged_tokens(16)
-    make_trainer(model, data, folder, callbacks(), batch=BATCH // ranks, accumulate=2, steps=STEPS, **options).train()
-    return model
-
-
-def test_two_ranks_are_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What both ranks found, by job."""
+    folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, sys.executable, str(script), str(tmp_path)],
+        [*command, "-m", "tests.callbacks.ranks", str(folder)],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = torch.load(tmp_path / "ranks.pt", weights_only=True)
-    single = train(tmp_path / "single", ranks=1).state_dict()
-    assert first.keys() == single.keys()
-    for name, tensor in single.items():
-        assert torch.equal(first[name], second[name]), f"{name} differs between ranks"
-        assert torch.equal(first[name] == 0, tensor == 0), name
-        assert torch.allclose(first[name], tensor, atol=1e-6), name
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+def both(found: dict[str, list[Any]], job: str) -> Any:
+    """What the ranks found, where it must be the same."""
+    first, second = found[job]
+    for result in (first, second):
+        assert not isinstance(result, str), result
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), f"{name} differs between ranks"
+    return first
+
+
+def assert_same(state: State, expected: State) -> None:
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name] == 0, tensor == 0), name
+        assert torch.allclose(state[name], tensor, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_trainer_on_two_ranks(name: str, found: dict[str, list[Any]], tmp_path: Path) -> None:
+    single = train_trainer(CASES[name], tmp_path, ranks=1).state_dict()
+    assert_same(both(found, f"trainer {name}"), single)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plain_loop_on_two_ranks(name: str, found: dict[str, list[Any]]) -> None:
+    case = CASES[name]
+    model = ranks.student(case)
+    train_plain(model, case.data(16), [ranks.callback(case)])
+    assert_same(both(found, f"plain {name}"), dict(model.state_dict()))
+
+
+def test_accelerate_on_two_ranks(found: dict[str, list[Any]]) -> None:
+    case, model = CASES["GradualPruning"], tiny_bert()
+    train_plain(model, case.data(BATCH * STEPS), [case.make(), Probe(lr=1.0)], accumulate=1)
+    state = both(found, "accelerate")
+    assert int(state.pop("step")) == STEPS
+    state = {name: value for name, value in state.items() if "_mask" not in name and "torchopt" not in name}
+    assert_same(state, dict(model.state_dict()))
+
+
+def test_brought_parameters_on_two_ranks(found: dict[str, list[Any]]) -> None:
+    state = both(found, "brought")
+    for accumulate in (1, 2):
+        model, probe = tiny_bert(), Probe(lr=1.0)
+        train_plain(model, DATA, [probe], accumulate=accumulate)
+        single = {**model.state_dict(), **probe.head.state_dict()}
+        for find in (True, False):
+            start = f"{find} {accumulate} "
+            assert_same({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}, single)
+
+
+def test_checkpointed_activations_on_two_ranks(found: dict[str, list[Any]]) -> None:
+    model = tiny_bert()
+    train_plain(model, DATA, [CASES["GradualPruning"].make(), CASES["Distillation"].make()])
+    state = both(found, "checkpointed")
+    for reentrant in ("True ", "False "):
+        part = {k.removeprefix(reentrant): v for k, v in state.items() if k.startswith(reentrant)}
+        assert_same(part, dict(model.state_dict()))
+
+
+def test_logged_metrics_are_means_over_the_ranks(found: dict[str, list[Any]]) -> None:
+    first, second = found["metrics"]
+    assert first["logged"] == second["logged"]
+    assert len(first["logged"]) == 3
+    for name in ("kd_loss", "ce_loss"):
+        expected = [(a[name] + b[name]) / 2 for a, b in zip(first["own"], second["own"], strict=False)][:3]
+        assert [entry[name] for entry in first["logged"]] == pytest.approx(expected)
+    assert first["own"] != second["own"]
+
+
+def test_ranges_are_those_of_the_data_of_all_ranks(found: dict[str, list[Any]]) -> None:
+    """Without the exchange each rank would keep its own, and in the end that of rank 0."""
+    model, alone = uncoupled(quantized_net()), uncoupled(quantized_net())
+    data = [
+        dict(image, pixel_values=image["pixel_values"] * (10 if i % 2 else 1)) for i, image in enumerate(images(16))
+    ]
+    train_plain(model, data, [QuantizationSchedule(observer_off=4)], accumulate=1, rate=0.0)
+    train_plain(alone, data[::2] * 2, [QuantizationSchedule(observer_off=4)], accumulate=1, rate=0.0)
+    state, single = both(found, "ranges"), model.state_dict()
+    first = next(name for name, q in fake_quantizers(model) if not q.exact)  # of the input: nothing is rounded before
+    for key in (f"{first}.min_val", f"{first}.max_val", f"{first}.scale"):
+        assert torch.allclose(state[key], single[key], rtol=1e-6, atol=0)
+        assert float((state[key] - alone.state_dict()[key]).abs() / single[key].abs()) > 0.01
+    for name, quantizer in fake_quantizers(model):
+        if not quantizer.exact:
+            assert torch.allclose(state[f"{name}.max_val"], quantizer.max_val, rtol=0.02), name
+
+
+@pytest.mark.parametrize("method", CALIBRATIONS)
+def test_calibration_over_ranks_is_that_of_all_batches(method: str, found: dict[str, list[Any]]) -> None:
+    first, second = (result[method] for result in found["calibrated"])
+    expected = calibrate(method)
+    assert first.keys() == second.keys() == expected.keys()
+    assert all(torch.equal(first[name], expected[name]) for name in expected)
+    assert all(torch.equal(second[name], expected[name]) for name in expected)
+
+
+def test_calibration_that_depends_on_the_order_is_refused(found: dict[str, list[Any]]) -> None:
+    for result in found["order_matters"]:
+        assert "'histogram' depends on the order of the batches: take" in result
+
+
+def test_ranks_with_different_masks_are_found_out(found: dict[str, list[Any]]) -> None:
+    for result in found["different_ranks"]:
+        assert "CallbackError: classifier.weight_mask: the mask differs between the ranks" in result
+
+
+def test_a_checksum_depends_on_every_bit_and_its_place() -> None:
+    masks = torch.rand(50, 3, 70_000) < 0.5
+    sums = {int(checksum(mask)) for mask in masks}
+    assert len(sums) == 50
+    changed = masks[0].clone()
+    changed[1, 5], changed[2, 9] = ~changed[1, 5], ~changed[2, 9]
+    assert int(checksum(changed)) not in sums
+    assert int(checksum(masks[0].T.contiguous().T)) == int(checksum(masks[0]))
+
+
+def test_a_checksum_takes_every_dtype() -> None:
+    for dtype in (torch.bool, torch.bfloat16, torch.float32, torch.int64):
+        tensor = torch.arange(6).to(dtype)
+        assert int(checksum(tensor)) == int(checksum(tensor.clone())) >= 0
+    assert int(checksum(torch.zeros(0))) == 0
+    assert int(checksum(nn.Parameter(torch.ones(2)))) > 0
+
+
+def test_one_process_is_one_rank() -> None:
+    batch = collate(images(3))
+    assert ranks.num_items_in_batch(quantized_net(), [batch]).dtype is torch.int64

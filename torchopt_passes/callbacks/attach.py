@@ -156,7 +156,7 @@ class Session:
         return Progress(self.step, self.total_steps, self.steps_per_epoch)
 
     def metrics(self) -> dict[str, float]:
-        """Return what the callbacks have to log, over the time since the last call."""
+        """Return what the callbacks have to log, over the time since the last call, on this rank."""
         return {name: value for callback in self.callbacks for name, value in callback.metrics().items()}
 
     def state_dict(self) -> dict[str, Any]:

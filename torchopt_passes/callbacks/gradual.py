@@ -126,6 +126,8 @@ class GradualMasks(Callback):
     def _update(self, value: float, progress: Progress) -> None:
         before = self._removed()
         self._choose(value)
+        if self.student is not None:
+            self.student.check_masks()
         self._apply()
         if self.student is not None and self._removed() != before:
             self.student.tell_changed(progress)

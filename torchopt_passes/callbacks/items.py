@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from torchopt_passes._compat import predicts_next_token
 from torchopt_passes.errors import CallbackError
+from torchopt_passes.ranks import sum_over_ranks, world_size
 
 __all__ = ["IGNORE_INDEX", "count_labels", "num_items_in_batch", "shifts_labels"]
 
@@ -53,14 +54,16 @@ def num_items_in_batch(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -
     """Return the number of labels in the micro-batches of one optimizer step, for a loop of your own.
 
     Pass it to each forward of an attached model; the loss is then the exact share of the whole batch, and must
-    not be divided by the number of micro-batches.
+    not be divided by the number of micro-batches: multiply it by their number where the loop divides, as Accelerate's
+    ``backward`` and Lightning do. On several ranks every rank calls it with its own micro-batches.
 
     Args:
         model: the student.
         batches: the micro-batches of the step, each with ``labels``.
 
     Returns:
-        int64 scalar.
+        int64 scalar; on several ranks float64, the labels of all ranks by the number of ranks, because
+        DistributedDataParallel and FSDP average the gradients over them.
 
     Example:
         >>> batches = [{"labels": torch.tensor([1, -100])}, {"labels": torch.tensor([2, 3])}]
@@ -74,4 +77,5 @@ def num_items_in_batch(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -
         else count_labels(batch.get("labels"), shifted=shifted)
         for batch in batches
     ]
-    return torch.stack(counts).sum()
+    items = torch.stack(counts).sum()
+    return items if world_size() == 1 else sum_over_ranks(items).double() / world_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from torchopt_passes.callbacks.base import Callback
@@ -13,6 +14,7 @@ from torchopt_passes.errors import CallbackError
 from torchopt_passes.graph.batch_norm import batch_norms, freeze_batch_norms
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 from torchopt_passes.graph.quantization.state import set_observers
+from torchopt_passes.ranks import ranges_over_ranks, world_size
 
 __all__ = ["QuantizationSchedule"]
 
@@ -24,6 +26,7 @@ class QuantizationSchedule(Callback):
     First everything adapts to rounding; then ranges stand still, so that the weights settle on a grid that
     does not move; last the batch norms use their running statistics, as they will when deployed. Both are a
     function of the completed step and outlast training and ``train()``: the graph is ready for `ConvertQuantized`.
+    On several ranks (DistributedDataParallel) ranges are those of the data of all: one small message a step.
 
     Args:
         observer_off: moment from which ranges are fixed, as a share of training (float) or completed steps (int).
@@ -68,10 +71,31 @@ class QuantizationSchedule(Callback):
 
     def after_step(self, progress: Progress) -> None:
         """Fix the ranges, or freeze the batch norms, if this is the moment."""
+        if progress.step <= self._off:
+            self._share_ranges()
         if progress.step == self._off:
             set_observers(self._graph_module(), False)
         if progress.step == self._freeze:
             freeze_batch_norms(self._graph_module(), True)
+
+    def _share_ranges(self) -> None:
+        """Widen the ranges to those of all ranks.
+
+        By itself each rank learns from its own data, and DistributedDataParallel then overwrites all with those of rank
+        0. The minimum over ranks of r + m (x - r) is that of x, so this is the moving average over the whole batch.
+        """
+        ranks = self.student.ranks if self.student is not None else None
+        if ranks is None or world_size(ranks) == 1:
+            return
+        learning = [q for _, q in fake_quantizers(self._graph_module()) if q.observing and not q.exact]
+        if not learning:
+            return
+        sizes = [len(quantizer.min_val) for quantizer in learning]
+        lows, highs = torch.cat([q.min_val for q in learning]), torch.cat([q.max_val for q in learning])
+        low, high = ranges_over_ranks(lows, highs, ranks)
+        for quantizer, smallest, largest in zip(learning, low.split(sizes), high.split(sizes), strict=True):
+            if bool(torch.isfinite(smallest).all()):
+                quantizer.set_range(smallest, largest)
 
     def metrics(self) -> dict[str, float]:
         """Return ``observers_on`` and ``bn_frozen``: how many fake-quantizers learn, how many batch norms stand."""

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchopt_passes._compat import compiled_source
+from torchopt_passes._compat import active_data_parallel, compiled_source
 from torchopt_passes.callbacks.items import count_labels, shifts_labels
 from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
 from torchopt_passes.callbacks.optimizer_steps import before_each_step
 from torchopt_passes.callbacks.outputs import accepts, argument, loss_of, with_loss
 from torchopt_passes.callbacks.owned import OWNED, drop_parameters, take_parameters
 from torchopt_passes.errors import CallbackError
+from torchopt_passes.ranks import refuse_differences
 
 __all__ = ["Student", "StudentCall", "unwrap"]
 
@@ -107,6 +108,12 @@ class Student:
         if model is None:
             raise CallbackError("the model of this callback does not exist any more")
         return model
+
+    @property
+    def ranks(self) -> Any:
+        """The process group over which DistributedDataParallel trains copies of the model; None where there is none."""
+        reducer = self._reducer() if self._reducer is not None else None
+        return getattr(reducer, "process_group", None)
 
     @property
     def callbacks(self) -> tuple[Lifecycle, ...]:
@@ -230,6 +237,17 @@ class Student:
         for callback in self._callbacks:
             callback.changed(progress)
 
+    def check_masks(self) -> None:
+        """Make sure that the masks are the same on all ranks; called on every rank after each change of masks.
+
+        Raises:
+            CallbackError: names a mask that differs.
+        """
+        if self.ranks is not None:
+            buffers = self.model.named_buffers()
+            masks = {name: b for name, b in buffers if name.endswith("_mask") and b.dtype is torch.bool}
+            refuse_differences(masks, "the mask", self.ranks)
+
     @contextmanager
     def aside(self) -> Generator[None]:
         """Run a block in which the model is itself: its hooks do nothing (while it is captured, or proven)."""
@@ -293,6 +311,8 @@ class Student:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keep ``num_items_in_batch`` from the head, so that it returns a mean whatever it would do with it."""
         self._items = None
+        if self._reducer is None and (reducer := active_data_parallel()) is not None:
+            self._reducer = weakref.ref(reducer)
         if not self._callbacks or "num_items_in_batch" not in kwargs:
             return None
         if not module.training and accepts(module, "num_items_in_batch"):

@@ -12,6 +12,7 @@ from torchopt_passes.callbacks.items import shifts_labels
 from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError
+from torchopt_passes.ranks import mean_over_ranks
 
 __all__ = ["TrainerEvents"]
 
@@ -55,8 +56,8 @@ class TrainerEvents(Lifecycle):
         self.after_step(_progress(args, state, kwargs.get("train_dataloader"), done=1))
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, Any], **kwargs: Any) -> None:
-        """Add the metrics to the training logs, for all that reads them, and to ``state.log_history``."""
-        if "loss" in logs and (metrics := self.metrics()):
+        """Add the metrics, means over the ranks, to the logs, for all that reads them, and to ``state.log_history``."""
+        if "loss" in logs and (metrics := mean_over_ranks(self.metrics())):
             logs.update(metrics)
             state.log_history[-1].update(metrics)
 

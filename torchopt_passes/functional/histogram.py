@@ -76,6 +76,11 @@ class StreamingHistogram:
         self.counts[_SIDE] -= zeros
         self.zeros += zeros
 
+    def widen(self, exponent: int) -> None:
+        """Make bins at least 2^exponent wide: histograms with the same `exponent` add up bin by bin."""
+        self.exponent = exponent if self.exponent is None else self.exponent
+        self._merge(exponent - self.exponent)
+
     def bins(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return counts [n] and edges [n + 1] (float64) of the bins from the first in use to the last, zeros left out.
 

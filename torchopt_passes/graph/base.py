@@ -36,6 +36,8 @@ class PassContext:
         skip: globs on fqns and module names that every pass leaves alone; one that matches nothing is an error.
         criteria: your own importance of channels, by the name that a pass's ``importance=`` gives; each a function
             ``(group, graph_module) -> tensor (group.size,)``.
+        ranks: a process group, such as ``torch.distributed.group.WORLD``, whose ranks all run the pass, each with its
+            part of the calibration data; ranges are then those of all of it, the same on every rank.
         seed: of everything random in a pass.
         prove: compare before and after; switch it off for models too large to run here.
     """
@@ -44,6 +46,7 @@ class PassContext:
     calibration: Iterable[Any] | None = None
     skip: tuple[str, ...] = ()
     criteria: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict[str, Callable[..., torch.Tensor]])
+    ranks: Any = None
     seed: int = 0
     prove: bool = True
 

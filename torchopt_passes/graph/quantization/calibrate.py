@@ -24,6 +24,7 @@ from torchopt_passes.graph.quantization.observers import ChosenRange, RangeObser
 from torchopt_passes.graph.quantization.state import fake_quant_off
 from torchopt_passes.graph.verify import buffers_kept, in_eval_mode, sqnr
 from torchopt_passes.progress import track
+from torchopt_passes.ranks import sum_over_ranks
 
 __all__ = ["Calibrate", "SetObserverState", "quantizer_places"]
 
@@ -130,7 +131,7 @@ class Calibrate(GraphPass):
             return Plan(skips=tuple(skips) or (Skip(target="graph", reason=reason),))
         if context.calibration is None:
             raise ConfigError("Calibrate needs data: PassContext(calibration=[batch, ...])")
-        ranges, batches = self._ranges(graph_module, set(places), context.calibration)
+        ranges, batches = self._ranges(graph_module, set(places), context.calibration, context.ranks)
         edits: list[Edit] = []
         for name, target in places.items():
             chosen = ranges[name]
@@ -150,7 +151,7 @@ class Calibrate(GraphPass):
         return fake_quant_off(graph_module)
 
     def _ranges(
-        self, graph_module: fx.GraphModule, wanted: set[str], batches: Iterable[Any]
+        self, graph_module: fx.GraphModule, wanted: set[str], batches: Iterable[Any], ranks: Any
     ) -> tuple[dict[str, ChosenRange], int]:
         count = 0
         with in_eval_mode(graph_module):
@@ -163,6 +164,9 @@ class Calibrate(GraphPass):
                     count += 1
         if not count:
             raise ConfigError("Calibrate got no batch: context.calibration is empty (a generator that was used up?)")
+        if ranks is not None:
+            watcher.gather(ranks)
+            count = int(sum_over_ranks(torch.tensor(count), ranks))
         return watcher.ranges(), count
 
     def _edit(
@@ -213,6 +217,14 @@ class _Watcher(fx.Interpreter):
             elif self.first:
                 self._weights[target] = _weight_choice(self._options.weight_method, quantizer, *args)
         return args[0]
+
+    def gather(self, ranks: Any) -> None:
+        """Take into account what the other ranks have seen."""
+        for name, observer in self._observers.items():
+            try:
+                observer.gather(ranks)
+            except ConfigError as error:
+                raise ConfigError(f"Calibrate over several ranks: {name}: {error}") from error
 
     def ranges(self) -> dict[str, ChosenRange]:
         """Return the range of every wanted fake-quantizer."""

@@ -15,6 +15,7 @@ from torchopt_passes.functional import ranges
 from torchopt_passes.functional.aciq import gaussian_range, laplace_range
 from torchopt_passes.functional.histogram import StreamingHistogram
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer
+from torchopt_passes.ranks import max_over_ranks, ranges_over_ranks, sum_over_ranks
 
 __all__ = ["METHODS", "ChosenRange", "RangeObserver"]
 
@@ -80,6 +81,29 @@ class RangeObserver:
             self._observer(x.detach().float())
         else:
             self._histogram.add(x)
+
+    def gather(self, ranks: Any) -> None:
+        """Take into account what all ranks of a process group have seen, each the same edge on its own batches.
+
+        Raises:
+            ConfigError: the method depends on the order of the batches.
+        """
+        seen = self._histogram
+        if seen is not None:
+            lowest = torch.iinfo(torch.int64).min
+            exponent = max_over_ranks(torch.tensor(lowest if seen.exponent is None else seen.exponent), ranks)
+            if int(exponent) != lowest:
+                seen.widen(int(exponent))
+            counts = sum_over_ranks(torch.cat([seen.counts, torch.tensor([seen.zeros])]), ranks)
+            seen.counts, seen.zeros = counts[:-1], int(counts[-1])
+            low, high = (torch.tensor(value, dtype=torch.float64) for value in (seen.low, seen.high))
+            seen.low, seen.high = (float(value) for value in ranges_over_ranks(low, high, ranks))
+        elif self._method == "minmax":
+            low, high = ranges_over_ranks(self._observer.min_val, self._observer.max_val, ranks)
+            self._observer.min_val.copy_(low)
+            self._observer.max_val.copy_(high)
+        else:
+            raise ConfigError(f'{self._method!r} depends on the order of the batches: take "minmax", "mse" or "auto"')
 
     def choose(self) -> ChosenRange:
         """Choose the range for what was seen."""

@@ -1,0 +1,258 @@
+"""What each of two ranks does; `test_ranks.py` starts it once, with torchrun, and looks at what came out.
+
+Every job runs on both ranks and returns tensors; an error is a result, too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import distributed, nn
+from torch.utils.data import DataLoader
+
+from tests.callbacks.cases import CASES, Case
+from tests.callbacks.loops import (
+    Example,
+    captured_net,
+    collate,
+    images,
+    make_trainer,
+    quantized_net,
+    ragged_tokens,
+    tiny_bert,
+    uncoupled,
+)
+from tests.callbacks.other_loops import micro_batches
+from tests.callbacks.test_owned import Probe
+from torchopt_passes.callbacks import Distillation, GradualPruning, QuantizationSchedule, attach, num_items_in_batch
+from torchopt_passes.graph.base import PassContext
+from torchopt_passes.graph.quantization import Calibrate, InsertFakeQuant
+from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
+
+BATCH, STEPS = 8, 6
+DATA = ragged_tokens(16)
+CALIBRATIONS = ("minmax", "percentile", "mse", "entropy", "auto")
+
+Job = Callable[[Path], Any]
+JOBS: dict[str, Job] = {}
+
+
+def student(case: Case) -> nn.Module:
+    """Without what depends on who shares a micro-batch."""
+    return uncoupled(case.model(0.0))
+
+
+def callback(case: Case) -> Any:
+    return (case.settled or case.make)()
+
+
+def train_trainer(case: Case, folder: Path, ranks: int, **options: Any) -> nn.Module:
+    """Ragged labels, two micro-batches a step; the whole batch is `BATCH` whatever the number of ranks."""
+    model = student(case)
+    if ranks > 1:
+        options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False, **options}
+    options |= {"optim": "sgd", "learning_rate": 0.5}
+    data = case.data(16)
+    make_trainer(
+        model, data, folder, [callback(case)], batch=BATCH // ranks, accumulate=2, steps=STEPS, **options
+    ).train()
+    return model
+
+
+def own_part(data: Sequence[Example], step: int, accumulate: int) -> list[Example]:
+    """The micro-batches of one step, of which this rank has every second example."""
+    parts = micro_batches(data, step, BATCH, accumulate)
+    if not distributed.is_initialized():
+        return parts
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    return [{name: value[rank::ranks].contiguous() for name, value in part.items()} for part in parts]
+
+
+def train_plain(
+    model: nn.Module,
+    data: Sequence[Example],
+    callbacks: Sequence[Any],
+    *,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    accumulate: int = 2,
+    rate: float = 0.5,
+) -> None:
+    """A loop of one's own: attached before the model is wrapped."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    with attach(model, optimizer, callbacks, total_steps=STEPS) as session:
+        wrapped = wrap(model)
+        for step in range(STEPS):
+            parts = own_part(data, step, accumulate)
+            items = num_items_in_batch(model, parts)
+            for part in parts:
+                wrapped(**part, num_items_in_batch=items).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert session.step == step + 1
+
+
+def calibrate(method: str) -> dict[str, torch.Tensor]:
+    """Ranges from six batches, each ten times as large as the one before; on two ranks every second one."""
+    batches = [{k: v * 10**i if k == "pixel_values" else v for k, v in collate(images(4)).items()} for i in range(6)]
+    ranks = distributed.group.WORLD if distributed.is_initialized() else None
+    if ranks is not None:
+        batches = batches[distributed.get_rank() :: 2]
+    model = captured_net()
+    InsertFakeQuant(target="onnx")(model)
+    plan = Calibrate(method=method)(model, PassContext(calibration=batches, ranks=ranks)).plan
+    numbers = {edit.quantizer: torch.tensor(list(edit.numbers.values())) for edit in plan.edits}
+    ranges = {name: torch.cat([q.min_val, q.max_val]) for name, q in fake_quantizers(model)}
+    return {**{f"{name} numbers": value for name, value in numbers.items()}, **ranges}
+
+
+def ddp(model: nn.Module, find_unused: bool = True) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+
+
+def _trainer(case: Case) -> Job:
+    return lambda folder: train_trainer(case, folder, ranks=2).state_dict()
+
+
+def _plain(case: Case) -> Job:
+    def job(folder: Path) -> Any:
+        model = student(case)
+        train_plain(model, case.data(16), [callback(case)], wrap=ddp)
+        return model.state_dict()
+
+    return job
+
+
+for name, case in CASES.items():
+    JOBS[f"trainer {name}"] = _trainer(case)
+    JOBS[f"plain {name}"] = _plain(case)
+
+
+def _job(run: Job) -> Job:
+    JOBS[run.__name__] = run
+    return run
+
+
+@_job
+def accelerate(folder: Path) -> Any:
+    """Accelerate's loop, which shards the batches by its own rule."""
+    model, case = tiny_bert(), CASES["GradualPruning"]
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with attach(model, optimizer, [case.make(), Probe(lr=1.0)], total_steps=STEPS) as session:
+        loader = DataLoader(case.data(BATCH * STEPS), batch_size=BATCH // 2, collate_fn=collate)
+        prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        for batch in loader:
+            items = num_items_in_batch(model, [batch])
+            accelerator.backward(prepared.train()(**batch, num_items_in_batch=items).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {**model.state_dict(), "step": torch.tensor(session.step)}
+
+
+@_job
+def brought(folder: Path) -> Any:
+    """Parameters that a callback brings get the gradient of all ranks, unused parameters looked for or not."""
+    found: dict[str, torch.Tensor] = {}
+    for find in (True, False):
+        for accumulate in (1, 2):
+            model, probe = tiny_bert(), Probe(lr=1.0)
+            train_plain(model, DATA, [probe], wrap=lambda model, find=find: ddp(model, find), accumulate=accumulate)
+            found |= {f"{find} {accumulate} {name}": value for name, value in model.state_dict().items()}
+            found |= {f"{find} {accumulate} {name}": value for name, value in probe.head.state_dict().items()}
+    return found
+
+
+@_job
+def checkpointed(folder: Path) -> Any:
+    """Activations are computed again in the backward, in both ways."""
+    found: dict[str, torch.Tensor] = {}
+    for reentrant in (True, False):
+        model = tiny_bert()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        callbacks = [CASES["GradualPruning"].make(), CASES["Distillation"].make()]
+        train_plain(model, DATA, callbacks, wrap=lambda model: ddp(model, find_unused=False))
+        found |= {f"{reentrant} {name}": value for name, value in model.state_dict().items()}
+    return found
+
+
+@_job
+def metrics(folder: Path) -> Any:
+    """What the Trainer logs is the mean over the ranks."""
+    own = []
+
+    class Watch(Distillation):
+        def metrics(self) -> dict[str, float]:
+            own.append(super().metrics())
+            return own[-1]
+
+    logging = {"logging_strategy": "steps", "logging_steps": 1, "ddp_backend": "gloo"}
+    trainer = make_trainer(tiny_bert(), DATA, folder, [Watch(tiny_bert(seed=7))], batch=4, steps=3, **logging)
+    trainer.train()
+    return {"own": own, "logged": [entry for entry in trainer.state.log_history if "kd_loss" in entry]}
+
+
+@_job
+def ranges(folder: Path) -> Any:
+    """Rank 1 sees values ten times as large."""
+    model = uncoupled(quantized_net())
+    data = [
+        dict(image, pixel_values=image["pixel_values"] * (10 if i % 2 else 1)) for i, image in enumerate(images(16))
+    ]
+    train_plain(model, data, [QuantizationSchedule(observer_off=4)], wrap=ddp, accumulate=1, rate=0.0)
+    return model.state_dict()
+
+
+@_job
+def calibrated(folder: Path) -> Any:
+    return {method: calibrate(method) for method in CALIBRATIONS}
+
+
+@_job
+def order_matters(folder: Path) -> Any:
+    return calibrate("histogram")
+
+
+@_job
+def different_ranks(folder: Path) -> Any:
+    """A rank whose weights are others is found at the first update."""
+    model = tiny_bert()
+
+    def wrap(model: nn.Module) -> nn.Module:
+        wrapped = ddp(model)
+        if distributed.get_rank() == 1:
+            model.classifier.weight.data.mul_(torch.linspace(0.1, 9.0, 16))
+        return wrapped
+
+    train_plain(model, DATA, [GradualPruning(sparsity=0.5, start=2, end=4)], wrap=wrap)
+
+
+def main(folder: Path) -> None:
+    """Run every job; rank 0 writes what all ranks found."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    results: dict[str, list[Any]] = {}
+    for name, job in JOBS.items():
+        try:
+            found = job(folder / name.replace(" ", "_"))
+        except Exception:
+            found = traceback.format_exc()
+        gathered: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(gathered, found)
+        results[name] = gathered
+    if distributed.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+    distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads can deadlock when they end
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
