@@ -170,3 +170,15 @@ def test_the_wrapper_whose_forward_runs_is_known() -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert found == [wrapped, None]
+
+
+def test_the_plain_tensors_inside_a_quantized_one() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    plain = torch.ones(2)
+    assert _compat.plain_parts(plain) == [plain]
+    model = nn.Sequential(nn.Linear(4, 2))
+    quantize_(model, Int8WeightOnlyConfig())
+    parts = _compat.plain_parts(model[0].weight)
+    assert {part.dtype for part in parts} >= {torch.int8}
+    assert all(type(part) is torch.Tensor for part in parts)

@@ -31,6 +31,7 @@ __all__ = [
     "load_structure",
     "output_spec",
     "output_spec_of",
+    "plain_parts",
     "predicts_next_token",
     "register_int8_kernels",
     "save_structure",
@@ -136,6 +137,16 @@ def load_structure(text: str) -> pytree.TreeSpec:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         return pytree.treespec_loads(text)
+
+
+def plain_parts(tensor: Any) -> list[Any]:
+    """Return the plain tensors that a tensor of torchao's is made of, or itself; torch's test for one is private."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 
 def fake_tensor_mode() -> Any:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from torchopt_passes.callbacks.attach import Session, attach
 from torchopt_passes.callbacks.base import Callback
+from torchopt_passes.callbacks.distill.feature_losses import FSP, RKD, AttentionTransfer, Cosine, Hint
+from torchopt_passes.callbacks.distill.logit_losses import DIST, DKD, JSD, SoftTargets
+from torchopt_passes.callbacks.distill.relation_losses import AttentionRelations, ValueRelations
+from torchopt_passes.callbacks.distill.self_teachers import AveragedWeights, DeeperLayers, InitialWeights
+from torchopt_passes.callbacks.distill.sim_kd import SimKD
+from torchopt_passes.callbacks.distill.teachers import Teacher
 from torchopt_passes.callbacks.distillation import Distillation
 from torchopt_passes.callbacks.gradual_bits import GradualBits
 from torchopt_passes.callbacks.gradual_channel_pruning import GradualChannelPruning
@@ -14,22 +20,40 @@ from torchopt_passes.callbacks.lifecycle import Epochs, LossTerm, Progress
 from torchopt_passes.callbacks.lightning import lightning_callback
 from torchopt_passes.callbacks.quantization_noise import QuantizationNoise
 from torchopt_passes.callbacks.quantization_schedule import QuantizationSchedule
+from torchopt_passes.callbacks.scheduled import Scheduled
 from torchopt_passes.callbacks.student import StudentCall
 
 __all__ = [
+    "DIST",
+    "DKD",
+    "FSP",
+    "JSD",
+    "RKD",
+    "AttentionRelations",
+    "AttentionTransfer",
+    "AveragedWeights",
     "Callback",
+    "Cosine",
+    "DeeperLayers",
     "Distillation",
     "Epochs",
     "GradualBits",
     "GradualChannelPruning",
     "GradualPruning",
+    "Hint",
+    "InitialWeights",
     "KeepZeros",
     "LossTerm",
     "Progress",
     "QuantizationNoise",
     "QuantizationSchedule",
+    "Scheduled",
     "Session",
+    "SimKD",
+    "SoftTargets",
     "StudentCall",
+    "Teacher",
+    "ValueRelations",
     "attach",
     "lightning_callback",
     "num_items_in_batch",

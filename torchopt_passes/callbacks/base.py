@@ -31,6 +31,7 @@ class Callback(TrainerEvents):
     for step in 1 .. total_steps:
         for micro-batch in the step's micro-batches:
             output = model(**micro-batch)
+                callback.take_inputs(...)     in the student's forward pre-hook: inputs that are not for it
                 callback.loss_term(call)      in the student's forward hook, in training mode only
             output.loss.backward()
         optimizer.step()

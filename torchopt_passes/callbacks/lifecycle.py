@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from torchopt_passes.errors import CallbackError, ConfigError
 
@@ -118,6 +119,7 @@ class Lifecycle:
 
     install     before the optimizer is made and before a checkpoint is loaded: add buffers, bring parameters, check
     begin       training begins, or goes on after a resume
+    take_inputs before each forward of the student
     loss_term   in each training-mode forward of the student
     before_step before each optimizer step, when the gradients are final
     after_step  after each completed optimizer step
@@ -151,6 +153,10 @@ class Lifecycle:
 
     def after_step(self, progress: Progress) -> None:
         """Act after an optimizer step; `progress.step` counts it."""
+
+    def take_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keyword inputs that reach the model in this forward, in training or evaluation mode."""
+        return kwargs
 
     def loss_term(self, call: StudentCall) -> LossTerm | None:
         """Return what to add to the loss of this forward."""

@@ -309,18 +309,22 @@ class Student:
     def _take_items(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Keep ``num_items_in_batch`` from the head, so that it returns a mean whatever it would do with it."""
+        """Keep from the model what is not for it.
+
+        ``num_items_in_batch`` is kept from the head, so that it returns a mean whatever it would do with it.
+        """
         self._items = None
         if self._reducer is None and (reducer := active_data_parallel()) is not None:
             self._reducer = weakref.ref(reducer)
-        if not self._callbacks or "num_items_in_batch" not in kwargs:
-            return None
-        if not module.training and accepts(module, "num_items_in_batch"):
-            return None
-        rest = dict(kwargs)
-        items = rest.pop("num_items_in_batch")
-        self._items = items if module.training else None
-        return args, rest
+        rest = kwargs
+        for callback in self._callbacks:
+            rest = callback.take_inputs(module, args, rest)
+        counted = bool(self._callbacks) and "num_items_in_batch" in rest
+        if counted and (module.training or not accepts(module, "num_items_in_batch")):
+            rest = dict(rest)
+            items = rest.pop("num_items_in_batch")
+            self._items = items if module.training else None
+        return None if rest is kwargs else (args, rest)
 
     def _add_terms(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not module.training or not self._callbacks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["log_softened", "masked_mean", "soft_cross_entropy", "soft_kl_divergence"]
+__all__ = ["log_softened", "masked_mean", "soft_cross_entropy", "soft_kl_divergence", "weighted_mean"]
 
 
 def soft_kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -76,6 +76,23 @@ def masked_mean(values: torch.Tensor, valid: torch.Tensor | None = None) -> torc
     if valid is None:
         return values.mean()
     return values.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
+
+
+def weighted_mean(values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Return sum(w v) / sum(w), 0 where the weights are all 0.
+
+    Args:
+        values: any shape.
+        weights: >= 0, shape of `values`; None for equal ones. A value of weight 0 has no influence, not even NaN.
+
+    Example:
+        >>> weighted_mean(torch.tensor([1.0, 4.0, 9.0]), torch.tensor([2, 1, 0]))
+        tensor(2.)
+    """
+    if weights is None:
+        return values.mean()
+    weighted = (values * weights.to(values.dtype)).masked_fill(weights == 0, 0)
+    return weighted.sum() / weights.sum().clamp(min=1).to(values.dtype)
 
 
 def log_softened(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torchopt_passes.errors import CaptureError, InputError
 from torchopt_passes.graph.guards import Guard, check_guards
 from torchopt_passes.graph.modes import ONLY, in_one_mode, set_mode
 from torchopt_passes.graph.signature import CallSignature
+from torchopt_passes.graph.watches import Watch, with_watches
 
 __all__ = ["FACTS", "CapturedModule", "build_captured"]
 
@@ -41,6 +43,8 @@ class CapturedModule(fx.GraphModule):
         """Compile what the current mode runs; call it after editing ``graph``."""
         graph = self._graph
         self._graph = in_one_mode(graph, self.training)
+        for watches in self.__dict__.get("_watches", []):
+            self._graph = with_watches(graph, self._graph, self.training, watches)
         try:
             code = super().recompile()
         finally:
@@ -50,6 +54,25 @@ class CapturedModule(fx.GraphModule):
             type(self).compiled_forward = type(self).forward
             type(self).forward = _as_source(signature)
         return code
+
+    def watch(self, watches: Mapping[str, Watch]) -> Callable[[], None]:
+        """Show the values of nodes to functions in each run; copies of the module are not watched.
+
+        Args:
+            watches: name of a node -> what is called with its value.
+
+        Returns:
+            A function that ends it.
+        """
+        own = dict(watches)
+        self.__dict__.setdefault("_watches", []).append(own)
+        self.recompile()
+
+        def end() -> None:
+            self.__dict__["_watches"] = [other for other in self.__dict__["_watches"] if other is not own]
+            self.recompile()
+
+        return end
 
     def train(self, mode: bool = True) -> CapturedModule:
         """Switch to train mode (or to eval mode with ``mode=False``), in place, and return the module."""

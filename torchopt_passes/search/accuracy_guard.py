@@ -13,10 +13,11 @@ from torch import fx
 
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.base import PassContext
+from torchopt_passes.graph.fingerprint import fingerprint
 from torchopt_passes.graph.quantization import Calibrate, InsertFakeQuant
 from torchopt_passes.graph.quantization.layer_rounding import Layer, group_layers
 from torchopt_passes.progress import track
-from torchopt_passes.search.measured import Measured, fingerprint
+from torchopt_passes.search.measured import Measured
 from torchopt_passes.search.mixed_precision import BitChoice, LayerBits, shown
 from torchopt_passes.search.sensitivity import FLOAT, By, Sensitivity, Width, measure_sensitivity
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -10,13 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from torchopt_passes.errors import ConfigError
-from torchopt_passes.graph.tensors import named_tensors
 
-__all__ = ["Measured", "fingerprint"]
+__all__ = ["Measured"]
 
 _FORMAT = "torchopt_passes.measured"
 _VERSION = 1
@@ -99,16 +94,6 @@ class Measured:
                 raise
         except OSError as error:
             raise ConfigError(f"state file {str(path)!r} cannot be written: {error.strerror}") from error
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Return a checksum of a module's parameters and buffers, names, dtypes and shapes included (SHA-256, hex)."""
-    digest = hashlib.sha256()
-    for name, tensor in named_tensors(module):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
-    return digest.hexdigest()
 
 
 def _are_figures(data: Any) -> bool:

@@ -17,13 +17,14 @@ from torch import fx
 from torchopt_passes.callbacks.outputs import loss_of
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.base import PassContext
+from torchopt_passes.graph.fingerprint import fingerprint
 from torchopt_passes.graph.quantization import Calibrate, InsertFakeQuant
 from torchopt_passes.graph.quantization.layer_bits import FLOAT_BITS
 from torchopt_passes.graph.quantization.layer_inputs import several_times
 from torchopt_passes.graph.quantization.layer_rounding import Layer, LayerRunner, group_layers
 from torchopt_passes.graph.record import Record
 from torchopt_passes.progress import track
-from torchopt_passes.search.measured import Measured, fingerprint
+from torchopt_passes.search.measured import Measured
 
 __all__ = ["FLOAT", "Sensitivity", "SensitivityRow", "Width", "bits_options", "measure_sensitivity", "widths_of"]
 
