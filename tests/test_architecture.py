@@ -47,6 +47,7 @@ OPTIONAL = {
     "onnxscript": {"deploy"},
     "matplotlib": {"show"},
     "sklearn": {"demo.py"},
+    "zstandard": {"deploy/compact_file.py"},
     "optuna": {"search"},
 }
 TABLES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}

@@ -182,3 +182,14 @@ def test_the_plain_tensors_inside_a_quantized_one() -> None:
     parts = _compat.plain_parts(model[0].weight)
     assert {part.dtype for part in parts} >= {torch.int8}
     assert all(type(part) is torch.Tensor for part in parts)
+
+
+def test_the_hooks_of_torch_prune_are_found_by_name() -> None:
+    from torch.nn.utils import prune
+
+    layer = nn.Linear(4, 2)
+    assert _compat.pruned_names(layer) == []
+    prune.identity(layer, "bias")
+    prune.l1_unstructured(layer, "weight", 0.5)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    assert sorted(_compat.pruned_names(layer)) == ["bias", "weight"]

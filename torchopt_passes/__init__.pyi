@@ -27,9 +27,15 @@ from .callbacks import attach as attach
 from .callbacks import lightning_callback as lightning_callback
 from .decorators import optimize as optimize
 from .deploy import Artifact as Artifact
+from .deploy import CompactReport as CompactReport
+from .deploy import CompactTensor as CompactTensor
 from .deploy import benchmark as benchmark
+from .deploy import compact_report as compact_report
 from .deploy import export as export
+from .deploy import load_compact as load_compact
 from .deploy import open_artifact as open_artifact
+from .deploy import read_compact as read_compact
+from .deploy import save_compact as save_compact
 from .deploy import targets as targets
 from .errors import CallbackError as CallbackError
 from .errors import CaptureError as CaptureError
@@ -68,6 +74,9 @@ from .graph.pruning import PruneChannels as PruneChannels
 from .graph.pruning import PruneWeights as PruneWeights
 from .graph.pruning import RemoveIndices as RemoveIndices
 from .graph.pruning import ResizeAttribute as ResizeAttribute
+from .graph.pruning import from_torch_prune as from_torch_prune
+from .graph.pruning import remove_torch_prune as remove_torch_prune
+from .graph.pruning import to_torch_prune as to_torch_prune
 from .graph.pruning.pruned_files import load_pruned as load_pruned
 from .graph.removal_proof import verify_removal as verify_removal
 from .graph.quantization import Calibrate as Calibrate

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "output_spec_of",
     "plain_parts",
     "predicts_next_token",
+    "pruned_names",
     "register_int8_kernels",
     "save_structure",
     "set_call_structure",
@@ -358,3 +360,12 @@ def tell_transformers(model: nn.Module, bits: int, group_size: int) -> bool:
     told.is_quantized, told.quantization_method = True, settings.quant_method
     config.quantization_config = settings
     return True
+
+
+def pruned_names(module: nn.Module) -> list[str]:
+    """Return the names of a module's own tensors that a hook of ``torch.nn.utils.prune`` masks.
+
+    The hooks lie in a private table and keep the name in a private attribute; ``prune.is_pruned`` tells only whether.
+    """
+    hooks = module._forward_pre_hooks.values()
+    return [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]

@@ -74,6 +74,8 @@ class GradualPruning(GradualMasks):
     def __post_init__(self) -> None:
         """Refuse options that are wrong in any training."""
         self._kind, self._numbers = parse_pattern(self.pattern)
+        if self._kind == "dim":
+            raise ConfigError("whole slices are channels, which GradualChannelPruning masks and takes away")
         if self._kind == "n:m":
             share = 1.0 - self._numbers[0] / self._numbers[1]
             if self.sparsity not in (None, share):

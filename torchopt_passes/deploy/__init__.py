@@ -5,6 +5,14 @@ from __future__ import annotations
 from torchopt_passes.deploy.artifact import Artifact, open_artifact
 from torchopt_passes.deploy.base import Target, targets
 from torchopt_passes.deploy.benchmark import Benchmark, Timing, benchmark
+from torchopt_passes.deploy.compact import (
+    CompactReport,
+    CompactTensor,
+    compact_report,
+    load_compact,
+    read_compact,
+    save_compact,
+)
 from torchopt_passes.deploy.export import export
 from torchopt_passes.deploy.inductor import InductorTarget
 from torchopt_passes.deploy.onnx import OnnxTarget
@@ -14,14 +22,20 @@ from torchopt_passes.deploy.verify import Verification
 __all__ = [
     "Artifact",
     "Benchmark",
+    "CompactReport",
+    "CompactTensor",
     "InductorTarget",
     "OnnxTarget",
     "Target",
     "Timing",
     "Verification",
     "benchmark",
+    "compact_report",
     "compressed_size",
     "export",
+    "load_compact",
     "open_artifact",
+    "read_compact",
+    "save_compact",
     "targets",
 ]

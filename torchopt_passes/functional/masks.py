@@ -16,12 +16,14 @@ from torchopt_passes.errors import ConfigError
 
 __all__ = [
     "block_mask",
+    "expand_slices",
     "global_magnitude_masks",
     "keep_largest",
     "magnitude_mask",
     "n_m_mask",
     "random_mask",
     "removed_count",
+    "slice_mask",
     "sparsity_of",
     "threshold_mask",
 ]
@@ -198,6 +200,52 @@ def block_mask(weight: torch.Tensor, block: tuple[int, int], sparsity: float) ->
     tiles = matrix.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
     kept = keep_largest(tiles.to(torch.promote_types(tiles.dtype, torch.float32)).mean(dim=(1, 3)), sparsity)
     return kept[:, None, :, None].expand(tiles.shape).reshape(weight.shape)
+
+
+def slice_mask(weight: torch.Tensor, dim: int, sparsity: float, order: float) -> torch.Tensor:
+    """Return the mask that removes the whole slices along a dimension with the smallest norms.
+
+    Args:
+        weight: any shape.
+        dim: the dimension, from the end where negative.
+        sparsity: share of the slices to remove, 0 <= sparsity <= 1.
+        order: of the norm over all other dimensions: any number, inf or -inf.
+
+    Returns:
+        bool, shape of `weight`.
+
+    Math:
+        (sum_k |w_k|^p)^(1/p); the largest |w_k| for inf, the smallest for -inf, the number of non-zeros for 0.
+
+    Source:
+        Li et al. 2017, "Pruning Filters for Efficient ConvNets", section 3.1 (p = 1, filters).
+
+    Example:
+        >>> slice_mask(torch.tensor([[1.0, 4.0], [2.0, -5.0]]), 1, 0.5, 2.0)
+        tensor([[False,  True],
+                [False,  True]])
+    """
+    rows = weight.detach().movedim(dim, 0).reshape(weight.shape[dim], -1)
+    norms = torch.linalg.vector_norm(rows, order, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return expand_slices(keep_largest(norms, sparsity), weight, dim)
+
+
+def expand_slices(kept: torch.Tensor, weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the mask of a weight that keeps whole slices along a dimension.
+
+    Args:
+        kept: bool, one for each index of that dimension.
+        weight: any shape.
+        dim: the dimension.
+
+    Example:
+        >>> expand_slices(torch.tensor([True, False]), torch.ones(2, 2), 0)
+        tensor([[ True,  True],
+                [False, False]])
+    """
+    shape = [1] * weight.ndim
+    shape[dim] = -1
+    return kept.view(shape).expand(weight.shape).clone()
 
 
 def threshold_mask(weight: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -38,6 +38,8 @@ class PassContext:
             ``(group, graph_module) -> tensor (group.size,)``.
         ranks: a process group, such as ``torch.distributed.group.WORLD``, whose ranks all run the pass, each with its
             part of the calibration data; ranges are then those of all of it, the same on every rank.
+        scores: your own importance of single weights, fqn -> tensor of the weight's shape: `PruneWeights` removes the
+            smallest ``|score|`` instead of the smallest ``|w|``.
         seed: of everything random in a pass.
         prove: compare before and after; switch it off for models too large to run here.
     """
@@ -47,6 +49,7 @@ class PassContext:
     skip: tuple[str, ...] = ()
     criteria: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict[str, Callable[..., torch.Tensor]])
     ranks: Any = None
+    scores: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     seed: int = 0
     prove: bool = True
 

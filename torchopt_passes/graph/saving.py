@@ -23,7 +23,7 @@ from torchopt_passes.graph.guards import Guard
 from torchopt_passes.graph.signature import CallSignature
 from torchopt_passes.graph.values import fill_values
 
-__all__ = ["load_captured", "save_captured"]
+__all__ = ["captured_from_data", "captured_to_data", "load_captured", "save_captured"]
 
 _GRAPH, _STATE, _INPUTS = "graph.json", "model.safetensors", "example_inputs.safetensors"
 _FORMAT = "torchopt_passes captured graph, 1"
@@ -48,36 +48,7 @@ def save_captured(graph_module: CapturedModule, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and not (folder / _GRAPH).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise CaptureError(f"{folder} is there already and holds no captured graph; nothing was written")
-    tensors, state = _state_to_data(graph_module)
-    leaves, structure = pytree.tree_flatten(graph_module.meta["example_inputs"])
-    names, in_spec, out_spec = call_structure(graph_module.graph)
-    signature: CallSignature = graph_module.meta["signature"]
-    facts = graph_module.meta["facts"]
-    data = {
-        "format": _FORMAT,
-        "name": type(graph_module).__name__,
-        "training": graph_module.training,
-        "nodes": graph_to_data(graph_module.graph),
-        "call": {"names": names, "inputs": save_structure(in_spec), "outputs": save_structure(out_spec)},
-        "signature": {
-            "name": signature.name,
-            "order": signature.order,
-            "positional": signature.positional,
-            "keyword": signature.keyword,
-            "constants": signature.constants,
-            "optional": signature.optional,
-        },
-        "guards": [guard.code for guard in graph_module.meta["guards"]],
-        "dynamic_dims": graph_module.meta["dynamic_dims"],
-        "facts": {k: v for k, v in facts.items() if isinstance(v, str)},
-        "config": config_to_data(facts.get("config")),
-        "state": state,
-        "example_inputs": {
-            "structure": save_structure(structure),
-            "leaves": [None if isinstance(leaf, torch.Tensor) else [leaf] for leaf in leaves],
-        },
-    }
-    inputs = {str(i): t.contiguous() for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)}
+    data, tensors, inputs = captured_to_data(graph_module)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
         new = Path(made) / "new"
@@ -117,14 +88,58 @@ def load_captured(folder: str | Path, *, device: torch.device | str = "cpu") -> 
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise CaptureError(f"{folder / _GRAPH} is no captured graph of this version")
     try:
-        return _load(data, tensors, inputs)
+        return captured_from_data(data, tensors, inputs)
     except CaptureError:
         raise
     except Exception as error:  # whatever a corrupted file makes go wrong
         raise CaptureError(f"{folder} is corrupted: {type(error).__name__}: {error}") from error
 
 
-def _load(data: dict[str, Any], tensors: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> CapturedModule:
+def captured_to_data(
+    graph_module: CapturedModule,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return a captured graph as JSON data, its tensors (every one once) and its example inputs.
+
+    Raises:
+        CaptureError: the graph calls submodules.
+    """
+    tensors, state = _state_to_data(graph_module)
+    leaves, structure = pytree.tree_flatten(graph_module.meta["example_inputs"])
+    names, in_spec, out_spec = call_structure(graph_module.graph)
+    signature: CallSignature = graph_module.meta["signature"]
+    facts = graph_module.meta["facts"]
+    data = {
+        "format": _FORMAT,
+        "name": type(graph_module).__name__,
+        "training": graph_module.training,
+        "nodes": graph_to_data(graph_module.graph),
+        "call": {"names": names, "inputs": save_structure(in_spec), "outputs": save_structure(out_spec)},
+        "signature": {
+            "name": signature.name,
+            "order": signature.order,
+            "positional": signature.positional,
+            "keyword": signature.keyword,
+            "constants": signature.constants,
+            "optional": signature.optional,
+        },
+        "guards": [guard.code for guard in graph_module.meta["guards"]],
+        "dynamic_dims": graph_module.meta["dynamic_dims"],
+        "facts": {k: v for k, v in facts.items() if isinstance(v, str)},
+        "config": config_to_data(facts.get("config")),
+        "state": state,
+        "example_inputs": {
+            "structure": save_structure(structure),
+            "leaves": [None if isinstance(leaf, torch.Tensor) else [leaf] for leaf in leaves],
+        },
+    }
+    inputs = {str(i): t.contiguous() for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)}
+    return data, tensors, inputs
+
+
+def captured_from_data(
+    data: dict[str, Any], tensors: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
+) -> CapturedModule:
+    """Return the captured graph that `captured_to_data` took apart; damaged data raises whatever it makes go wrong."""
     call, example, written = data["call"], data["example_inputs"], data["signature"]
     know_output_classes(call["outputs"])
     graph = graph_from_data(data["nodes"])

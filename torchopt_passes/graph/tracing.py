@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import io
 import random
+import re
 import sys
 import sysconfig
 import traceback
@@ -22,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from torchopt_passes._compat import size_guards
+from torchopt_passes._compat import pruned_names, size_guards
 from torchopt_passes.errors import CaptureError
 from torchopt_passes.graph.signature import CallSignature
 
@@ -125,7 +126,7 @@ def _export(model: nn.Module, call: Call, training: bool) -> torch.export.Export
     failure: Exception | None = None
     for shapes in call.shapes:
         try:
-            with _quiet_export():
+            with _quiet_export(model):
                 return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise
@@ -137,10 +138,17 @@ def _export(model: nn.Module, call: Call, training: bool) -> torch.export.Export
 
 
 @contextmanager
-def _quiet_export() -> Generator[None]:
-    """Hold back what export says of its own doings: the graph of a failed attempt, and the flat weights of an RNN."""
+def _quiet_export(model: nn.Module) -> Generator[None]:
+    """Hold back what export says of its own doings: the graph of a failed attempt, and attributes that are computed.
+
+    Those are the flat weights of an RNN, and the weights that hooks of ``torch.nn.utils.prune`` put together in every
+    forward: the graph computes them, from the same parameters and masks.
+    """
+    computed = {f"{path}.{name}".strip(".") for path, module in model.named_modules() for name in pruned_names(module)}
+    known = "|".join([r"[^ ,]*_flat_weights[^ ,]*", *(re.escape(f"self.{fqn}") for fqn in sorted(computed))])
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights", category=UserWarning)
+        message = rf"The tensor attributes? ({known})(, ({known}))* (was|were) assigned"
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 

@@ -55,12 +55,23 @@ class PruneWeights(GraphPass):
     Args:
         sparsity: share of weights to remove, 0 <= sparsity < 1; of each tensor or of all together (`scope`).
         threshold: remove weights with ``|w| <= threshold`` instead.
+        count: remove so many weights, blocks or slices instead.
         scope: ``"tensor"`` reaches `sparsity` in each tensor; ``"global"`` ranks all weights together.
-        method: ``"magnitude"`` removes the smallest ``|w|``; ``"random"`` removes at random (seed of the context).
+        method: ``"magnitude"`` removes the smallest ``|w|``, or the smallest ``scores`` of the context; ``"random"``
+            removes at random (seed of the context); ``"lp:P"`` removes the slices with the smallest L-P norm, P any
+            number, ``inf`` or ``-inf``.
         pattern: ``""`` for single weights; ``"N:M"`` keeps the N largest of every M along the input dimension
             (``"2:4"`` runs on sparse tensor cores); ``"block RxC"`` removes whole R x C blocks of the matrix
-            (out, in * kernel) by their mean magnitude.
+            (out, in * kernel) by their mean magnitude; ``"dim D"`` removes whole slices along dimension D of the weight
+            (filters for 0), by their mean magnitude, an L-P norm or at random. They stay where they are, as zeros;
+            `PruneChannels` takes channels away for good.
         include: globs on fqns; empty for every weight found.
+
+    Every method of ``torch.nn.utils.prune`` has its counterpart here (docs/deployment.md), which masks the same weights
+    but for three things. Halves are rounded up, not to even: 0.5 of 5 removes 3 here and 2 there, of 7 it removes
+    4 in both (`count` says it exactly). Equal scores go in the order of memory, not in that of ``torch.topk``, which
+    differs by device. And `sparsity` is a share of all weights, zeros included, so that a second run finds nothing to
+    do: torch's second ``amount=b`` after ``amount=a`` is ``sparsity=1 - (1 - a) * (1 - b)``.
 
     Math:
         w' = m * w, m in {0, 1}; for a tensor of n weights exactly the number of `functional.masks` is removed.
@@ -74,7 +85,8 @@ class PruneWeights(GraphPass):
 
     Example:
         >>> PruneWeights(sparsity=0.5, scope="global")
-        PruneWeights(sparsity=0.5, threshold=None, scope='global', method='magnitude', pattern='', include=())
+        PruneWeights(sparsity=0.5, threshold=None, scope='global', method='magnitude', pattern='', include=(),
+            count=None)
     """
 
     claim = "outputs equal the model before with its weights masked"
@@ -82,22 +94,29 @@ class PruneWeights(GraphPass):
     sparsity: float | None = None
     threshold: float | None = None
     scope: Literal["tensor", "global"] = "tensor"
-    method: Literal["magnitude", "random"] = "magnitude"
+    method: str = "magnitude"
     pattern: str = ""
     include: tuple[str, ...] = ()
+    count: int | None = None
 
     def check(self) -> None:
         """Refuse options that contradict each other."""
-        chosen = [self.sparsity is not None, self.threshold is not None, ":" in self.pattern]
+        chosen = [self.sparsity is not None, self.threshold is not None, self.count is not None, ":" in self.pattern]
         if sum(chosen) != 1:
-            raise ConfigError("PruneWeights takes exactly one of sparsity=, threshold=, or an N:M pattern")
+            raise ConfigError("PruneWeights takes exactly one of sparsity=, threshold=, count=, or an N:M pattern")
         if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
             raise ConfigError(f"PruneWeights: sparsity must be in [0, 1), not {self.sparsity}")
         if self.threshold is not None and self.threshold < 0:
             raise ConfigError(f"PruneWeights: threshold must be >= 0, not {self.threshold}")
-        parse_pattern(self.pattern)
-        if self.pattern and (self.scope == "global" or self.method == "random" or self.threshold is not None):
-            raise ConfigError("PruneWeights: a pattern works on each tensor by magnitude, with sparsity= for blocks")
+        if self.count is not None and self.count < 0:
+            raise ConfigError(f"PruneWeights: count must be >= 0, not {self.count}")
+        kind, order = parse_pattern(self.pattern)[0], parse_method(self.method)[1]
+        if order is not None and kind != "dim":
+            raise ConfigError(f'PruneWeights: {self.method!r} ranks whole slices: it needs pattern="dim D"')
+        if self.pattern and (self.scope == "global" or self.threshold is not None):
+            raise ConfigError("PruneWeights: a pattern works on each tensor, with sparsity= or count=")
+        if kind in ("n:m", "block") and self.method == "random":
+            raise ConfigError(f"PruneWeights: pattern {self.pattern!r} is by magnitude")
         if self.threshold is not None and (self.scope == "global" or self.method == "random"):
             raise ConfigError("PruneWeights: threshold= is by magnitude and has no scope")
 
@@ -106,7 +125,7 @@ class PruneWeights(GraphPass):
         context = context or PassContext()
         check_patterns(graph_module, self.include, "include")
         chosen, skips = self._choose(graph_module, context)
-        found = self._masks(graph_module, chosen, skips, context.seed)
+        found = self._masks(graph_module, ranked_by(chosen, context.scores), skips, context.seed)
         edits: list[Edit] = []
         for fqn, mask in found.items():
             weight = chosen[fqn]
@@ -134,7 +153,11 @@ class PruneWeights(GraphPass):
         for fqn, parameter in graph_module.named_parameters():
             pattern = context.skipped_by(fqn)
             if fqn not in weights:
-                skips.append(Skip(target=fqn, reason="not the weight of a matrix operation"))
+                masked = fqn.endswith("_orig") or ".parametrizations." in f".{fqn}"
+                way = (
+                    "; made from others in every forward: remove_torch_prune() makes masks permanent" if masked else ""
+                )
+                skips.append(Skip(target=fqn, reason=f"not the weight of a matrix operation{way}"))
             elif pattern is not None:
                 skips.append(Skip(target=fqn, reason=f"skip pattern {pattern!r}"))
             elif self.include and matching_pattern(fqn, self.include) is None:
@@ -146,8 +169,8 @@ class PruneWeights(GraphPass):
     def _masks(
         self, graph_module: fx.GraphModule, chosen: dict[str, torch.Tensor], skips: list[Skip], seed: int
     ) -> dict[str, torch.Tensor]:
-        if self.scope == "global" and self.sparsity is not None:
-            return self._global_masks(chosen, self.sparsity, seed)
+        if self.scope == "global":
+            return self._global_masks(chosen, self._share(sum(w.numel() for w in chosen.values())), seed)
         generator = torch.Generator().manual_seed(seed)
         uses = matrix_weights(graph_module)
         found: dict[str, torch.Tensor] = {}
@@ -167,12 +190,33 @@ class PruneWeights(GraphPass):
             return masks.n_m_mask(weight, *numbers, dim=dims.pop() or 0)
         if self.threshold is not None:
             return masks.threshold_mask(weight, self.threshold)
-        sparsity = self.sparsity or 0.0
         if kind == "block":
-            return masks.block_mask(weight, (numbers[0], numbers[1]), sparsity)
+            blocks = weight.numel() // (numbers[0] * numbers[1])
+            return masks.block_mask(weight, (numbers[0], numbers[1]), self._share(blocks))
+        if kind == "dim":
+            return self._slices(weight, numbers[0], generator)
+        share = self._share(weight.numel())
         if self.method == "random":
-            return masks.random_mask(weight, sparsity, generator)
-        return masks.magnitude_mask(weight, sparsity)
+            return masks.random_mask(weight, share, generator)
+        return masks.magnitude_mask(weight, share)
+
+    def _slices(self, weight: torch.Tensor, dim: int, generator: torch.Generator) -> torch.Tensor:
+        if not -weight.ndim <= dim < weight.ndim:
+            raise ConfigError(f"pattern {self.pattern!r} does not fit a tensor of shape {tuple(weight.shape)}")
+        share = self._share(weight.shape[dim])
+        if self.method == "random":
+            kept = masks.random_mask(weight.new_empty(weight.shape[dim]), share, generator)
+            return masks.expand_slices(kept, weight, dim)
+        order = parse_method(self.method)[1]
+        return masks.slice_mask(weight, dim, share, 1.0 if order is None else order)
+
+    def _share(self, n: int) -> float:
+        """Return the share of n candidates to remove, whose `removed_count` is the count where that is given."""
+        if self.count is None:
+            return self.sparsity or 0.0
+        if self.count > n:
+            raise ConfigError(f"count={self.count} is more than the {n} there are")
+        return self.count / max(n, 1)
 
     def _global_masks(self, chosen: dict[str, torch.Tensor], sparsity: float, seed: int) -> dict[str, torch.Tensor]:
         if self.method == "magnitude":
@@ -183,24 +227,59 @@ class PruneWeights(GraphPass):
         return {fqn: part.view(w.shape) for (fqn, w), part in zip(chosen.items(), parts, strict=True)}
 
     def _reason(self) -> str:
+        what = {"magnitude": "smallest magnitudes", "random": "random weights"}.get(self.method, "smallest norms")
         if self.pattern:
-            return f"smallest magnitudes in pattern {self.pattern!r}"
+            return f"{what} in pattern {self.pattern!r}"
         if self.threshold is not None:
             return f"|w| <= {self.threshold:g}"
-        what = "smallest magnitudes" if self.method == "magnitude" else "random weights"
         where = "of the tensor" if self.scope == "tensor" else "of all weights together"
-        return f"{what}, {self.sparsity:.1%} {where}"
+        return f"{what}, {f'{self.sparsity:.1%}' if self.count is None else self.count} {where}"
 
 
-def parse_pattern(pattern: str) -> tuple[Literal["", "n:m", "block"], tuple[int, ...]]:
+def ranked_by(weights: Mapping[str, torch.Tensor], scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what ranks each weight: its score where the user gave one, else the weight itself.
+
+    Raises:
+        ConfigError: a score is of no weight that is pruned, or of another shape.
+    """
+    for fqn, score in scores.items():
+        if fqn not in weights:
+            raise ConfigError(f"scores of {fqn!r}, which is not pruned; pruned are {sorted(weights)}")
+        if score.shape != weights[fqn].shape:
+            raise ConfigError(f"scores of {fqn} have shape {tuple(score.shape)}, it has {tuple(weights[fqn].shape)}")
+    return {fqn: scores[fqn].detach() if fqn in scores else weight for fqn, weight in weights.items()}
+
+
+def parse_method(method: str) -> tuple[Literal["magnitude", "random", "lp"], float | None]:
+    """Return what ranks, and the order of a norm.
+
+    Raises:
+        ConfigError: the text is no method.
+
+    Example:
+        >>> parse_method("random"), parse_method("lp:2"), parse_method("lp:-inf")
+        (('random', None), ('lp', 2.0), ('lp', -inf))
+    """
+    if method in ("magnitude", "random"):
+        return method, None
+    name, _, order = method.partition(":")
+    try:
+        if name == "lp" and (value := float(order)) == value:
+            return "lp", value
+    except ValueError:
+        pass
+    raise ConfigError(f'method must be "magnitude", "random" or "lp:P" with a number P, not {method!r}')
+
+
+def parse_pattern(pattern: str) -> tuple[Literal["", "n:m", "block", "dim"], tuple[int, ...]]:
     """Return what a pattern text means and its numbers.
 
     Raises:
         ConfigError: the text is no pattern.
 
     Example:
-        >>> parse_pattern("2:4"), parse_pattern("block 4x1")
-        (('n:m', (2, 4)), ('block', (4, 1)))
+        >>> parse_pattern("2:4"), parse_pattern("block 4x1"), parse_pattern("dim -1")
+        (('n:m', (2, 4)), ('block', (4, 1)), ('dim', (-1,)))
     """
     import re
 
@@ -214,4 +293,6 @@ def parse_pattern(pattern: str) -> tuple[Literal["", "n:m", "block"], tuple[int,
         rows, columns = int(match[1]), int(match[2])
         if rows > 0 and columns > 0:
             return "block", (rows, columns)
-    raise ConfigError(f'pattern must be "N:M" with 0 < N < M or "block RxC", not {pattern!r}')
+    if match := re.fullmatch(r"dim (-?\d+)", pattern):
+        return "dim", (int(match[1]),)
+    raise ConfigError(f'pattern must be "N:M" with 0 < N < M, "block RxC" or "dim D", not {pattern!r}')
