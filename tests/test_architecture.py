@@ -45,6 +45,7 @@ OPTIONAL = {
     "onnxruntime": {"deploy"},
     "onnx": {"deploy"},
     "onnxscript": {"deploy"},
+    "openvino": {"deploy"},
     "matplotlib": {"show"},
     "sklearn": {"demo.py"},
     "zstandard": {"deploy/compact_file.py"},
@@ -146,7 +147,8 @@ ALLOWED_PRIVATE = {"_pytree", "_assert_tensor_metadata", "__future__"}
 def test_import_is_light() -> None:
     code = (
         "import sys, torchopt_passes as top; top.__version__;"
-        "heavy = {'transformers', 'torchao', 'onnx', 'onnxruntime', 'matplotlib', 'pydantic', 'rich', 'accelerate'};"
+        "heavy = {'transformers', 'torchao', 'onnx', 'onnxruntime', 'openvino', 'matplotlib', 'pydantic', 'rich',"
+        "'accelerate'};"
         "sys.exit(' '.join(sorted(heavy & set(sys.modules))) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

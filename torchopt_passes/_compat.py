@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,16 +182,25 @@ def size_guards(exported: ExportedProgram) -> tuple[str, ...]:
 def aoti_compile(exported: ExportedProgram, path: Path, options: dict[str, Any]) -> None:
     """Compile a program ahead of time into a ``.pt2`` package; `options` are inductor's, for this call only.
 
-    The documented entry point of AOTInductor lies in a private module. It warns of its own code, which no user can
-    change: of ``torch.jit`` when it is imported, and of a copy that lowering int8 weights makes.
+    The documented entry point of AOTInductor lies in a private module.
+    """
+    with _quiet_inductor():
+        import torch._inductor
+
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+
+
+@contextmanager
+def _quiet_inductor() -> Generator[None]:
+    """Keep the compiler from warning of its own code, which no user can change.
+
+    It does so of ``torch.jit`` when it is imported, and of a copy that lowering int8 weights makes.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script_method", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="To copy construct from a tensor", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # as in `copy_graph`
-        import torch._inductor
-
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+        yield
 
 
 def register_int8_kernels() -> None:
@@ -198,7 +209,8 @@ def register_int8_kernels() -> None:
     Torch 2.13 does so by itself; 2.14 has left the rewrites to torchao. Those are registered alone: importing
     torchao's x86 quantizer would do it too, and overwrite the user's ``pre_grad_custom_pass`` with its own.
     """
-    from torch._inductor.fx_passes import quantization
+    with _quiet_inductor():
+        from torch._inductor.fx_passes import quantization
 
     if not hasattr(quantization, "_register_quantization_weight_pack_pass"):
         from torchao.quantization.pt2e.inductor_passes import x86

@@ -17,7 +17,7 @@ from torchopt_passes.deploy import Artifact, open_artifact
 from torchopt_passes.deploy.inductor import InductorTarget
 from torchopt_passes.errors import ConfigError, ExportError, VerificationError
 
-SUFFIXES = (".onnx", ".pt2")
+SUFFIXES = (".onnx", ".pt2", ".xml")
 X = torch.zeros(2, 3, 16, 16)
 IDS = torch.zeros(2, 5, dtype=torch.long)
 
@@ -49,7 +49,8 @@ def test_wrong_calls_say_what_is_wanted(
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_moved_and_renamed_files_open(exported: Exported, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"other name{suffix}"
-    shutil.copy(exported("plain", suffix).path, path)
+    for file in exported("plain", suffix).files:
+        shutil.copy(file, path.with_suffix(file.suffix))
     artifact = open_artifact(str(path))
     x = torch.randn(3, 3, 16, 16)
     assert torch.equal(artifact(x), exported("plain", suffix)(x))
@@ -98,7 +99,7 @@ def test_damaged_files_are_refused(exported: Exported, suffix: str, damage: str,
     data = exported("plain", suffix).path.read_bytes()
     path = tmp_path / f"m{suffix}"
     path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "text": b"not a model at all"}[damage])
-    with pytest.raises(ExportError, match=r"m\.(onnx|pt2)"):
+    with pytest.raises(ExportError, match=r"m\.(onnx|pt2|xml)"):
         open_artifact(path)
 
 

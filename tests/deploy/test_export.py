@@ -18,7 +18,7 @@ from torchopt_passes.deploy import Artifact, InductorTarget, OnnxTarget, export,
 from torchopt_passes.deploy.calls import run_source
 from torchopt_passes.errors import ConfigError, MissingExtraError, VerificationError
 
-SUFFIXES = (".onnx", ".pt2")
+SUFFIXES = (".onnx", ".pt2", ".xml")
 SOURCES = ("plain", "resnet", "bert", "int8_plain", "int8_bert")
 CELLS = [(name, suffix) for name in SOURCES for suffix in SUFFIXES]
 
@@ -150,6 +150,10 @@ def test_int8_is_int8(exported: Exported, suffix: str) -> None:
         assert kernels["QLinearConv"] == "3"
         assert int(kernels.get("Conv", 0)) + int(kernels.get("FusedConv", 0)) == 0
         assert small.size <= 0.3 * big.size
+    elif suffix == ".xml":
+        assert (kernels["Convolution u8"], kernels["FullyConnected u8"]) == ("3", "1")
+        assert not {"Convolution f32", "FullyConnected f32"} & set(kernels)
+        assert small.size <= 0.35 * big.size  # 30 kB are the description of the graph
     else:
         assert sum(int(count) for name, count in kernels.items() if name.startswith("qconv")) == 3
         assert sum(int(count) for name, count in kernels.items() if name.startswith("qlinear")) == 1

@@ -16,7 +16,9 @@ from torchopt_passes.deploy.compact import (
 from torchopt_passes.deploy.export import export
 from torchopt_passes.deploy.inductor import InductorTarget
 from torchopt_passes.deploy.onnx import OnnxTarget
+from torchopt_passes.deploy.openvino import OpenVinoTarget
 from torchopt_passes.deploy.size import compressed_size
+from torchopt_passes.deploy.tensorrt import TensorRtTarget
 from torchopt_passes.deploy.verify import Verification
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "CompactTensor",
     "InductorTarget",
     "OnnxTarget",
+    "OpenVinoTarget",
     "Target",
+    "TensorRtTarget",
     "Timing",
     "Verification",
     "benchmark",

@@ -59,8 +59,14 @@ class Artifact:
     @property
     def size(self) -> int:
         """Bytes on disk, weights that lie in a file beside it included."""
-        beside = self.path.with_name(f"{self.path.name}.data")
-        return self.path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file, and the one beside it that holds its weights, where there is one: they are moved together."""
+        beside = [self.path.with_name(f"{self.path.name}.data")]
+        beside += [self.path.with_suffix(".bin")] if self.path.suffix == ".xml" else []
+        return (self.path, *(file for file in beside if file.exists()))
 
     def report(self) -> dict[str, Any]:
         """Return what is known of the artefact, for tables: size, precision, layers, inputs, verification, versions."""
@@ -71,7 +77,7 @@ class Artifact:
             "precision": metadata.precision,
             "device": metadata.device,
             "bytes": self.size,
-            "bytes compressed": compressed_size(self.path),
+            "bytes compressed": sum(map(compressed_size, self.files)),
             "inputs": ", ".join(map(str, metadata.inputs)),
             "outputs": ", ".join(map(str, metadata.outputs)),
             "dropped": ", ".join((*metadata.dropped_inputs, *metadata.dropped_outputs)),
@@ -171,9 +177,11 @@ def open_artifact(path: str | Path) -> Artifact:
         raise ExportError(f"no file {str(path)!r}")
     target.require()
     metadata = target.read_metadata(path)
-    if metadata.target not in target_types():
+    written_for = target_types().get(metadata.target)  # several targets may write one kind of file
+    if written_for is None:
         raise ExportError(f"{path.name} was written for target {metadata.target!r}, which is not known here")
-    return Artifact(path, metadata, target.load(path, metadata))
+    written_for.require()
+    return Artifact(path, metadata, written_for.load(path, metadata))
 
 
 def verified(metadata: Metadata, result: Verification) -> Metadata:

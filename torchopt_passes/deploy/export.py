@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,8 +17,9 @@ from torchopt_passes.deploy.calls import cause_of, resize_batch
 from torchopt_passes.deploy.files import staged
 from torchopt_passes.deploy.metadata import Metadata, library_versions
 from torchopt_passes.deploy.program import Dynamic, Program, read_program
+from torchopt_passes.deploy.quantized import quantized
 from torchopt_passes.deploy.verify import Verification, compare
-from torchopt_passes.errors import ExportError, TorchOptError, VerificationError
+from torchopt_passes.errors import ConfigError, ExportError, TorchOptError, VerificationError
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.verify import Inputs
@@ -39,6 +40,8 @@ def export(
     tolerance: float | None = None,
     plan: Plan | None = None,
     note: str = "",
+    quantization: Literal["int8"] | None = None,
+    calibration: Iterable[Any] | None = None,
     **options: Any,
 ) -> Artifact:
     """Write a model to a file of a runtime, verified against the model before the file is put in place.
@@ -62,6 +65,9 @@ def export(
             relative norm ``||a - b|| / ||b||`` (0.03, an SQNR of 30 dB).
         plan: the plan that made the model; its hash goes into the file.
         note: the user's own words that go into the file, say on preprocessing.
+        quantization: ``"int8"`` quantizes a float model for the target on the way: weights and activations, after
+            training. To choose more, or train with rounding, run the passes and export what `ConvertQuantized` gives.
+        calibration: batches of real data for the ranges of activations; a tensor, tuple or dict each.
         **options: of the target, by name.
 
     Returns:
@@ -81,6 +87,10 @@ def export(
     path = Path(path)
     chosen = make_target(path, target, options)
     chosen.require()
+    if calibration is not None and quantization is None:
+        raise ConfigError('calibration= is for quantization="int8"')
+    if quantization is not None:
+        module = quantized(module, chosen.name, quantization, example_inputs, calibration)
     kept = tuple(outputs) if outputs is not None else None
     with staged(path) as draft:
         program = read_program(module, example_inputs, dynamic=dynamic, outputs=kept, prepare=chosen.prepare)

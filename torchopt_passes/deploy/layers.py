@@ -17,6 +17,7 @@ _MOVES = {
     _aten.permute.default,
     _aten.view.default,
     _aten.reshape.default,
+    _aten.dropout.default,  # of an inference graph: nothing
     _aten.flatten.using_ints,
 }
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
 
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.metadata import KEY, Metadata
+from torchopt_passes.deploy.onnx_graph import feeds, layer_values, to_onnx
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.errors import ConfigError, ExportError
 from torchopt_passes.graph.verify import relative_error
@@ -58,8 +54,7 @@ class OnnxTarget(Target):
         """Write the file, run the ONNX checker on it, and say which kernels the runtime chose."""
         import onnx
 
-        written = _to_onnx(program, self.opset)
-        _tidy(written.model.graph, program)
+        written = to_onnx(program, self.opset)
         sizes = [t.numel() * t.element_size() for t in program.exported.state_dict.values()]
         external = self.external_data or sum(sizes) > _TWO_GB
         written.save(str(path), external_data=external)
@@ -98,22 +93,15 @@ class OnnxTarget(Target):
         """Run the ONNX graph with all its values as outputs, and name the first that differs from torch's."""
         import onnx
 
-        # the same decompositions as when the file was written, so that its values have the same names
-        reference = _to_onnx(program, self.opset).exported_program
-        values = _Recorder(reference.module(check_guards=False))
-        with torch.no_grad():
-            values.run(*inputs)
-        (end,) = reference.graph.find_nodes(op="output")
-        layers = {name: name for name in values.record}
-        layers |= {spec.name: node.name for spec, node in zip(program.outputs, end.args[0], strict=True)}
+        values, layers = layer_values(program, self.opset, inputs)
         model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
         known = {value.name for value in model.graph.output}
-        order = [name for node in model.graph.node for name in node.output if layers.get(name) in values.record]
+        order = [name for node in model.graph.node for name in node.output if layers.get(name) in values]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in order if name not in known)
         session = _session(model.SerializeToString(), optimize=False)
-        found = dict(zip(order, session.run(order, _feeds(session, inputs)), strict=True))
+        found = dict(zip(order, session.run(order, feeds(session, inputs)), strict=True))
         for name, array in found.items():
-            error = relative_error(torch.from_numpy(array.copy()), values.record[layers[name]].cpu())
+            error = relative_error(torch.from_numpy(array.copy()), values[layers[name]].cpu())
             if error > tolerance:
                 return f"first layer that differs: {layers[name]} (error {error:.1e})"
         return "every layer agrees without graph optimizations: the difference comes from the runtime's fusions"
@@ -128,55 +116,8 @@ class _Session:
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         device = inputs[0].device if inputs else torch.device("cpu")
-        arrays = self._session.run(self._names, _feeds(self._session, inputs))
+        arrays = self._session.run(self._names, feeds(self._session, inputs))
         return [torch.from_numpy(array).to(device) for array in arrays]
-
-
-class _Recorder(fx.Interpreter):
-    """Run a graph and keep every tensor by node name."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(module)
-        self.record: dict[str, torch.Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor) and n.op == "call_function":
-            self.record[n.name] = value.detach().clone()
-        return value
-
-
-def _to_onnx(program: Program, opset: int) -> Any:
-    """Return torch's ONNX program, its inputs and outputs named as ours."""
-    with _quiet():
-        written = torch.onnx.export(
-            program.exported,
-            (),
-            None,
-            dynamo=True,
-            opset_version=opset,
-            input_names=[spec.name for spec in program.inputs],
-            output_names=[spec.name for spec in program.outputs],
-            verbose=False,
-        )
-    if written is None:
-        raise ExportError("torch.onnx.export returned nothing")
-    return written
-
-
-def _tidy(graph: Any, program: Program) -> None:
-    """Give open sizes our names, and drop the exporter's notes: half the file, with paths of the user's disk."""
-    names: dict[str, str] = {}
-    for value, spec in zip(graph.inputs, program.inputs, strict=True):
-        names |= {str(dim): size for dim, size in zip(value.shape, spec.shape, strict=True) if isinstance(size, str)}
-    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
-    nodes = list(graph.all_nodes())
-    for value in (*graph.inputs, *(output for node in nodes for output in node.outputs)):
-        for place, dim in enumerate(value.shape or ()):
-            if symbol is not None and symbol.search(str(dim)):
-                value.shape[place] = symbol.sub(lambda match: names[match[0]], str(dim))
-    for node in nodes:
-        node.metadata_props.clear()
 
 
 def _session(model: Any, *, optimize: bool = True, save_to: Path | None = None) -> Any:
@@ -212,22 +153,3 @@ def _kernels(path: Path) -> str:
     integer = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize", "QAttention")
     order: Callable[[str], tuple[bool, str]] = lambda op: (not op.startswith(integer), op)  # noqa: E731
     return ", ".join(f"{op} {counts[op]}" for op in sorted(counts, key=order))
-
-
-def _feeds(session: Any, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
-    names = [value.name for value in session.get_inputs()]
-    return {name: value.detach().cpu().contiguous().numpy() for name, value in zip(names, inputs, strict=True)}
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Keep torch.onnx from logging that torchvision is absent, and from warning of how it copies a tree spec."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)

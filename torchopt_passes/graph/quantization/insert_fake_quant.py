@@ -140,7 +140,8 @@ class InsertFakeQuant(GraphPass):
     eps and momentum are. `ConvertQuantized` folds it.
 
     Args:
-        target: where it will run: ``"inductor"`` (x86 CPU) or ``"onnx"`` (ONNX Runtime, QDQ).
+        target: where it will run: ``"inductor"`` (x86 CPU), ``"onnx"`` (ONNX Runtime, QDQ), ``"openvino"`` or
+            ``"tensorrt"`` (which wants ``activation_symmetric=True``).
         qat: True learns ranges and rounds in training from now on; False waits for `Calibrate`.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
@@ -187,7 +188,11 @@ class InsertFakeQuant(GraphPass):
     def check(self) -> None:
         """Refuse an unknown target, grids that its kernels cannot take, and widths outside int8."""
         no_grid = get_target(self.target).no_grid
-        asked = {"int8 activations": self.activation_symmetric, "uint8 weights": not self.weight_symmetric}
+        asked = {
+            "int8 activations": self.activation_symmetric,
+            "uint8 activations": not self.activation_symmetric,
+            "uint8 weights": not self.weight_symmetric,
+        }
         for grid in (name for name, wanted in asked.items() if wanted and name in no_grid):
             raise ConfigError(f"InsertFakeQuant: target {self.target!r} cannot run {grid}: {no_grid[grid]}")
         if self.reduce_range and self.activation_symmetric:

@@ -110,7 +110,7 @@ class Target:
         bias_apart: kinds that run in int8 only without a bias (it is added behind them), when their result is 2-D.
         follow: operations that move rounded values without leaving the grid: their results share its scale.
         fold_weights: whether converted weights are stored as integers (else rounded in the graph).
-        no_grid: grids its kernels cannot take, ``"int8 activations"`` or ``"uint8 weights"`` -> why.
+        no_grid: grids its kernels cannot take, such as ``"int8 activations"`` or ``"uint8 weights"`` -> why.
     """
 
     name: str
@@ -165,6 +165,33 @@ TARGETS: dict[str, Target] = {
             rounded_adds="both",
             bias_apart=frozenset({"linear", "addmm"}),
             follow=_MAX_POOLS | _VIEWS,
+        ),
+        # OpenVINO: every kernel may return float from int8 operands; sums are fused into convolutions when their other
+        # operand is rounded, and grids pass through pools and views
+        Target(
+            name="openvino",
+            int8=frozenset({"conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul"}),
+            no_kernel=_COMMON,
+            dynamic_matmul=True,
+            rounded_outputs=frozenset(),
+            rounded_adds="other",
+            bias_apart=frozenset(),
+            follow=_MAX_POOLS | _VIEWS,
+        ),
+        # TensorRT: explicit quantization, symmetric int8 alone; it fuses a rounded operand into a convolution's sum
+        Target(
+            name="tensorrt",
+            int8=frozenset({"conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul"}),
+            no_kernel=_COMMON,
+            dynamic_matmul=True,
+            rounded_outputs=frozenset(),
+            rounded_adds="other",
+            bias_apart=frozenset(),
+            follow=_MAX_POOLS | _VIEWS,
+            no_grid={
+                "uint8 activations": "its int8 is symmetric about zero: activation_symmetric=True",
+                "uint8 weights": "its int8 is symmetric about zero",
+            },
         ),
     )
 }

@@ -1,0 +1,117 @@
+"""A program as an ONNX graph: what ONNX Runtime, OpenVINO and TensorRT are given."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from torchopt_passes.deploy.program import Program
+from torchopt_passes.errors import ExportError
+
+__all__ = ["feeds", "layer_values", "to_onnx"]
+
+
+def to_onnx(program: Program, opset: int) -> Any:
+    """Return torch's ONNX program: inputs, outputs and open sizes named as ours, without the exporter's notes.
+
+    Args:
+        program: what is deployed.
+        opset: of the ONNX standard.
+
+    Raises:
+        ExportError: the exporter gives nothing.
+    """
+    with _quiet():
+        written = torch.onnx.export(
+            program.exported,
+            (),
+            None,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[spec.name for spec in program.inputs],
+            output_names=[spec.name for spec in program.outputs],
+            verbose=False,
+        )
+    if written is None:
+        raise ExportError("torch.onnx.export returned nothing")
+    _tidy(written.model.graph, program)
+    return written
+
+
+def layer_values(
+    program: Program, opset: int, inputs: Sequence[torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Compute what every layer of a program should be, by the names that its ONNX graph has for it.
+
+    Args:
+        program: what was written.
+        opset: with which it was written: the same decompositions give the same names.
+        inputs: of the program, in order.
+
+    Returns:
+        Values by the name of the layer, and the name in the ONNX graph -> the name of the layer.
+    """
+    reference = to_onnx(program, opset).exported_program
+    recorder = _Recorder(reference.module(check_guards=False))
+    with torch.no_grad():
+        recorder.run(*inputs)
+    (end,) = reference.graph.find_nodes(op="output")
+    layers = {name: name for name in recorder.record}
+    layers |= {spec.name: node.name for spec, node in zip(program.outputs, end.args[0], strict=True)}
+    return recorder.record, layers
+
+
+def _tidy(graph: Any, program: Program) -> None:
+    """Give open sizes our names, and drop the exporter's notes: half the file, with paths of the user's disk."""
+    names: dict[str, str] = {}
+    for value, spec in zip(graph.inputs, program.inputs, strict=True):
+        names |= {str(dim): size for dim, size in zip(value.shape, spec.shape, strict=True) if isinstance(size, str)}
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
+    nodes = list(graph.all_nodes())
+    for value in (*graph.inputs, *(output for node in nodes for output in node.outputs)):
+        for place, dim in enumerate(value.shape or ()):
+            if symbol is not None and symbol.search(str(dim)):
+                value.shape[place] = symbol.sub(lambda match: names[match[0]], str(dim))
+    for node in nodes:
+        node.metadata_props.clear()
+
+
+def feeds(session: Any, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Return the inputs of an ONNX Runtime session by name, as arrays."""
+    names = [value.name for value in session.get_inputs()]
+    return {name: value.detach().cpu().contiguous().numpy() for name, value in zip(names, inputs, strict=True)}
+
+
+class _Recorder(fx.Interpreter):
+    """Run a graph and keep every tensor by node name."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.record: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and n.op == "call_function":
+            self.record[n.name] = value.detach().clone()
+        return value
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep torch.onnx from logging that torchvision is absent, and from warning of how it copies a tree spec."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

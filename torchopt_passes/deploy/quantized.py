@@ -1,0 +1,59 @@
+"""A float model becomes an int8 graph for a target in one step: what ``export(quantization="int8")`` does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+
+from torchopt_passes.deploy.calls import example_call
+from torchopt_passes.deploy.layers import is_quantized
+from torchopt_passes.errors import ConfigError
+from torchopt_passes.graph.base import PassContext
+from torchopt_passes.graph.capture import capture
+from torchopt_passes.graph.pipeline import Pipeline
+from torchopt_passes.graph.quantization.calibrate import Calibrate
+from torchopt_passes.graph.quantization.convert_quantized import ConvertQuantized
+from torchopt_passes.graph.quantization.insert_fake_quant import InsertFakeQuant
+from torchopt_passes.graph.quantization.targets import get_target
+
+__all__ = ["quantized"]
+
+
+def quantized(
+    module: nn.Module, target: str, quantization: str, example_inputs: Any, calibration: Iterable[Any] | None
+) -> fx.GraphModule:
+    """Quantize a float model after training, on the grids that a target computes with.
+
+    Args:
+        module: an ``nn.Module`` or a captured graph; left as it was.
+        target: name of the deployment target.
+        quantization: ``"int8"``.
+        example_inputs: a call of the module; a captured graph remembers its own.
+        calibration: batches for the ranges of activations.
+
+    Returns:
+        The converted graph.
+
+    Raises:
+        ConfigError: another quantization, no calibration data, or a graph that is quantized already.
+    """
+    if quantization != "int8":
+        raise ConfigError(
+            f'quantization must be "int8", not {quantization!r}; other precisions are options of a target'
+        )
+    if calibration is None:
+        raise ConfigError('quantization="int8" needs calibration=: some batches of real data')
+    if isinstance(module, fx.GraphModule):
+        called = any(node.op == "call_module" for node in module.graph.nodes)
+        if called or is_quantized(module):
+            raise ConfigError(f"{type(module).__name__} is quantized already: ConvertQuantized, then export without it")
+        graph: fx.GraphModule = copy.deepcopy(module)
+    else:
+        graph = capture(module, *example_call(module, example_inputs))
+    symmetric = "uint8 activations" in get_target(target).no_grid
+    insert = InsertFakeQuant(target=target, qat=False, activation_symmetric=symmetric)
+    steps = Pipeline(insert, Calibrate(), ConvertQuantized())
+    return steps(graph.eval(), PassContext(calibration=calibration)).graph_module  # pyright: ignore
