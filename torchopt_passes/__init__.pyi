@@ -5,6 +5,7 @@ from .callbacks import Cosine as Cosine
 from .callbacks import DIST as DIST
 from .callbacks import DKD as DKD
 from .callbacks import DeeperLayers as DeeperLayers
+from .callbacks import CompressionAwareLR as CompressionAwareLR
 from .callbacks import Distillation as Distillation
 from .callbacks import Epochs as Epochs
 from .callbacks import FSP as FSP
@@ -15,6 +16,7 @@ from .callbacks import Hint as Hint
 from .callbacks import InitialWeights as InitialWeights
 from .callbacks import JSD as JSD
 from .callbacks import KeepZeros as KeepZeros
+from .callbacks import LotteryTicket as LotteryTicket
 from .callbacks import QuantizationNoise as QuantizationNoise
 from .callbacks import QuantizationSchedule as QuantizationSchedule
 from .callbacks import RKD as RKD
@@ -23,8 +25,17 @@ from .callbacks import SimKD as SimKD
 from .callbacks import SoftTargets as SoftTargets
 from .callbacks import Teacher as Teacher
 from .callbacks import ValueRelations as ValueRelations
+from .callbacks import RigL as RigL
+from .callbacks import SensitivityPruning as SensitivityPruning
+from .callbacks import SET as SET
+from .callbacks import SoftMovementPruning as SoftMovementPruning
+from .callbacks import Splicing as Splicing
 from .callbacks import attach as attach
 from .callbacks import lightning_callback as lightning_callback
+from .callbacks.criteria import Criterion as Criterion
+from .callbacks.criteria import Magnitude as Magnitude
+from .callbacks.criteria import RandomOrder as RandomOrder
+from .callbacks.criteria import Snip as Snip
 from .decorators import optimize as optimize
 from .deploy import Artifact as Artifact
 from .deploy import CompactReport as CompactReport

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from tests.callbacks.loops import (
@@ -21,14 +22,22 @@ from tests.callbacks.loops import (
 )
 from torchopt_passes import callbacks
 from torchopt_passes.callbacks import (
+    SET,
     Callback,
+    CompressionAwareLR,
     Distillation,
     GradualBits,
     GradualChannelPruning,
     GradualPruning,
     KeepZeros,
+    LotteryTicket,
     QuantizationNoise,
     QuantizationSchedule,
+    RigL,
+    SensitivityPruning,
+    SoftMovementPruning,
+    Splicing,
+    attach,
 )
 from torchopt_passes.functional.masks import magnitude_mask
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
@@ -50,6 +59,24 @@ def widen(model: nn.Module) -> None:
     """Give every grid 8 bits."""
     for _, quantizer in fake_quantizers(model):
         quantizer.set_bits(8)
+
+
+def first_pattern(make: Callable[[], Callback]) -> Callable[[nn.Module], None]:
+    """What sparse training does to a model when it begins."""
+
+    def zero(model: nn.Module) -> None:
+        with attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [make()], total_steps=6):
+            pass
+
+    return zero
+
+
+def rigl() -> RigL:
+    return RigL(sparsity=0.5, every=2, end=5, drop=0.5)
+
+
+def random_growth() -> SET:
+    return SET(sparsity=0.5, every=1, end=6, drop=0.5, scope="uniform")
 
 
 @dataclass(frozen=True)
@@ -93,6 +120,50 @@ CASES: dict[str, Case] = {
         data=images,
         extra_state=("weight_mask",),
         stays_ours=FAKE_QUANT,
+    ),
+    "GradualPruning-movement": Case(
+        make=lambda: GradualPruning(sparsity=0.6, criterion="movement", scope="erk", start=1, end=5, every=1),
+        model=bare_net,
+        data=images,
+        extra_state=("weight_mask", "weight_dense", "weight_scores"),
+    ),
+    "SoftMovementPruning": Case(
+        make=lambda: SoftMovementPruning(threshold=0.45, penalty=50.0, score_lr=0.1, start=1, end=5, every=1),
+        model=bare_net,
+        data=images,
+        extra_state=("weight_mask", "weight_dense", "weight_scores", "weight_scores_mean", "weight_scores_square"),
+    ),
+    "SensitivityPruning": Case(
+        make=lambda: SensitivityPruning(sensitivity=0.6, initial=0.5, start=1, end=5, every=1),
+        model=bare_net,
+        data=images,
+        extra_state=("weight_mask", "weight_limit"),
+    ),
+    "Splicing": Case(
+        make=lambda: Splicing(start=1, end=5, every=1),
+        model=captured_net,
+        data=images,
+        extra_state=("weight_mask", "weight_dense", "weight_limit"),
+    ),
+    "RigL": Case(make=rigl, model=bare_net, data=images, extra_state=("weight_mask",), begun=first_pattern(rigl)),
+    "SET": Case(
+        make=random_growth,
+        model=captured_net,
+        data=images,
+        extra_state=("weight_mask",),
+        begun=first_pattern(random_growth),
+    ),
+    "LotteryTicket": Case(
+        make=lambda: LotteryTicket(sparsity=0.6, rounds=2, rewind=1),
+        model=captured_net,
+        data=images,
+        extra_state=("weight_mask", "_rewind"),
+    ),
+    "CompressionAwareLR": Case(
+        make=lambda: CompressionAwareLR(warmup=1, plateau=1, decay=2),
+        model=bare_net,
+        data=images,
+        extra_state=("compression_aware_lr",),
     ),
     "GradualChannelPruning": Case(
         make=lambda: GradualChannelPruning(

@@ -26,7 +26,8 @@ from tests.callbacks.loops import (
 from torchopt_passes.callbacks import GradualPruning, KeepZeros, attach
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError, ConfigError
-from torchopt_passes.functional.masks import n_m_mask, removed_count, sparsity_of
+from torchopt_passes.functional.masks import removed_count, sparsity_of
+from torchopt_passes.functional.patterns import n_m_mask
 from torchopt_passes.graph.plan import Plan
 
 
@@ -233,7 +234,7 @@ def test_a_glob_that_matches_nothing_is_an_error(option: str) -> None:
         ({"sparsity": 0.5, "schedule": "cubik"}, "no schedule named"),
         ({"sparsity": 0.5, "pattern": "4:2"}, "pattern must be"),
         ({"sparsity": 0.6, "pattern": "2:4"}, "the sparsity of 2:4 is 0.5"),
-        ({"pattern": "2:4", "scope": "global"}, "a pattern works on each weight"),
+        ({"pattern": "2:4", "scope": "global"}, "2:4 has the same share in each weight"),
     ],
 )
 def test_wrong_options_are_refused_when_given(options: dict[str, Any], message: str) -> None:

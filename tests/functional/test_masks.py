@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchopt_passes.errors import ConfigError
-from torchopt_passes.functional import masks
+from torchopt_passes.functional import masks, patterns
 
 SHARES = st.integers(0, 64).map(lambda k: k / 64)  # exact in binary, so that the reference can use fractions
 # few distinct values: ties in most examples
@@ -39,7 +39,7 @@ def test_sparsity_outside_range_is_refused(share: float) -> None:
         lambda: masks.global_magnitude_masks({"a": torch.ones(3)}, share),
         lambda: masks.global_magnitude_masks({}, share),
         lambda: masks.random_mask(torch.ones(3), share),
-        lambda: masks.block_mask(torch.ones(2, 2), (1, 1), share),
+        lambda: patterns.block_mask(torch.ones(2, 2), (1, 1), share),
     ):
         with pytest.raises(ConfigError, match="sparsity must be in"):
             call()
@@ -98,7 +98,7 @@ def test_n_m_mask_is_the_slow_reference(data: st.DataObject, pattern: tuple[int,
     shape[dim] = 2 * m
     values = data.draw(st.lists(st.integers(-3, 3), min_size=8 * m, max_size=8 * m))
     weight = torch.tensor(values, dtype=torch.float32).view(shape)
-    mask = masks.n_m_mask(weight, n, m, dim=dim)
+    mask = patterns.n_m_mask(weight, n, m, dim=dim)
     assert mask.is_contiguous()
     lines = weight.abs().movedim(dim, -1).reshape(-1, m).tolist()
     kept = mask.movedim(dim, -1).reshape(-1, m).tolist()
@@ -116,7 +116,7 @@ def test_n_m_mask_is_the_slow_reference(data: st.DataObject, pattern: tuple[int,
 )
 def test_n_m_mask_refuses_what_does_not_fit(shape: tuple[int, ...], n: int, m: int, dim: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        masks.n_m_mask(torch.ones(shape), n, m, dim=dim)
+        patterns.n_m_mask(torch.ones(shape), n, m, dim=dim)
 
 
 @settings(deadline=None)
@@ -132,7 +132,7 @@ def test_block_mask_is_the_slow_reference(data: st.DataObject, block: tuple[int,
     kept = slow_keep(means, masks.removed_count(share, len(corners)))
     for (r, c), keep in zip(corners, kept, strict=True):
         expected[r : r + rows, c : c + columns] = keep
-    assert torch.equal(masks.block_mask(weight, block, share), expected.view(4, 3, 2))
+    assert torch.equal(patterns.block_mask(weight, block, share), expected.view(4, 3, 2))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_block_mask_is_the_slow_reference(data: st.DataObject, block: tuple[int,
 )
 def test_block_mask_refuses_what_does_not_fit(shape: tuple[int, ...], block: tuple[int, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        masks.block_mask(torch.ones(shape), block, 0.5)
+        patterns.block_mask(torch.ones(shape), block, 0.5)
 
 
 def test_nan_weights_are_kept() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchopt_passes.callbacks.attach import Session, attach
 from torchopt_passes.callbacks.base import Callback
+from torchopt_passes.callbacks.compression_aware_lr import CompressionAwareLR
 from torchopt_passes.callbacks.distill.feature_losses import FSP, RKD, AttentionTransfer, Cosine, Hint
 from torchopt_passes.callbacks.distill.logit_losses import DIST, DKD, JSD, SoftTargets
 from torchopt_passes.callbacks.distill.relation_losses import AttentionRelations, ValueRelations
@@ -18,9 +19,15 @@ from torchopt_passes.callbacks.items import num_items_in_batch
 from torchopt_passes.callbacks.keep_zeros import KeepZeros
 from torchopt_passes.callbacks.lifecycle import Epochs, LossTerm, Progress
 from torchopt_passes.callbacks.lightning import lightning_callback
+from torchopt_passes.callbacks.lottery_ticket import LotteryTicket
 from torchopt_passes.callbacks.quantization_noise import QuantizationNoise
 from torchopt_passes.callbacks.quantization_schedule import QuantizationSchedule
+from torchopt_passes.callbacks.rigl import RigL
 from torchopt_passes.callbacks.scheduled import Scheduled
+from torchopt_passes.callbacks.sensitivity_pruning import SensitivityPruning
+from torchopt_passes.callbacks.set_sparsity import SET
+from torchopt_passes.callbacks.soft_movement_pruning import SoftMovementPruning
+from torchopt_passes.callbacks.splicing import Splicing
 from torchopt_passes.callbacks.student import StudentCall
 
 __all__ = [
@@ -29,10 +36,12 @@ __all__ = [
     "FSP",
     "JSD",
     "RKD",
+    "SET",
     "AttentionRelations",
     "AttentionTransfer",
     "AveragedWeights",
     "Callback",
+    "CompressionAwareLR",
     "Cosine",
     "DeeperLayers",
     "Distillation",
@@ -44,13 +53,18 @@ __all__ = [
     "InitialWeights",
     "KeepZeros",
     "LossTerm",
+    "LotteryTicket",
     "Progress",
     "QuantizationNoise",
     "QuantizationSchedule",
+    "RigL",
     "Scheduled",
+    "SensitivityPruning",
     "Session",
     "SimKD",
+    "SoftMovementPruning",
     "SoftTargets",
+    "Splicing",
     "StudentCall",
     "Teacher",
     "ValueRelations",

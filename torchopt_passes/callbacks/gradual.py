@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 
-from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.lifecycle import Epochs, Progress, When, check_when
+from torchopt_passes.callbacks.masking import Masking
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.functional.schedules import Ramp, Shape, named_shape
-from torchopt_passes.graph.edit import Skip
-from torchopt_passes.graph.plan import Plan
 
 __all__ = ["GradualMasks"]
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(kw_only=True, eq=False)
-class GradualMasks(Callback):
-    """Masks in the student's state_dict that remove a share which follows a schedule.
+class GradualMasks(Masking):
+    """Masks that follow a schedule.
 
-    A subclass says from which value to which the schedule goes (`_span`), makes the masks for a value (`_choose`),
-    applies them (`_apply`), and counts (`_removed`, `_bounds`).
+    A subclass says from which value to which the schedule goes (`_span`), makes the masks for a value (`_choose`), and
+    knows how much they then remove (`_bounds`).
 
     Args:
         start: first update, as a share of training (float), completed steps (int) or `Epochs`.
@@ -36,18 +30,11 @@ class GradualMasks(Callback):
             [0, 1].
     """
 
-    counted: ClassVar[str] = "weights"
-    """What the masks remove."""
-
     start: When = 0.1
     end: When = 0.7
     every: int | Epochs | None = None
     schedule: str | Shape = "cubic"
 
-    skips: tuple[Skip, ...] = field(default=(), init=False, repr=False)
-    """What is left alone, with the reason; filled when the callback is installed."""
-    plan: Plan = field(default=Plan(), init=False, repr=False)
-    """What training chose, as a plan that other copies of the model take; filled at the end."""
     _ramp: Ramp | None = field(default=None, init=False, repr=False)
     _unverified: bool = field(default=False, init=False, repr=False)
 
@@ -72,14 +59,6 @@ class GradualMasks(Callback):
     @abstractmethod
     def _choose(self, value: float) -> None:
         """Set the masks for a value of the schedule."""
-
-    @abstractmethod
-    def _apply(self) -> None:
-        """Set to zero what the masks remove; called without gradients."""
-
-    @abstractmethod
-    def _removed(self) -> int:
-        """Return how much the masks remove now."""
 
     @abstractmethod
     def _bounds(self, value: float) -> tuple[int, int]:
@@ -109,19 +88,6 @@ class GradualMasks(Callback):
             self._update(self._ramp.at(progress.step), progress)
         self._apply()
 
-    def _tell_if_short(self) -> None:
-        """Warn when less is removed than was asked for."""
-        expected, _ = self._bounds(self._span[1])
-        if self._removed() < expected:
-            logger.warning(
-                "%s ends with %d of %d %s removed: training stopped before the last update, or an earlier checkpoint "
-                "was loaded as the best",
-                type(self).__name__,
-                self._removed(),
-                expected,
-                self.counted,
-            )
-
     @torch.no_grad()
     def _update(self, value: float, progress: Progress) -> None:
         before = self._removed()
@@ -129,16 +95,10 @@ class GradualMasks(Callback):
         if self.student is not None:
             self.student.check_masks()
         self._apply()
-        if self.student is not None and self._removed() != before:
-            self.student.tell_changed(progress)
+        if self._removed() != before:
+            self._tell_changed(progress)
 
     def _verify(self, ramp: Ramp, step: int) -> None:
-        """Refuse to go on from a checkpoint whose masks were not loaded: what was removed would silently grow back."""
+        """Refuse a checkpoint without its masks; `step` is the last one that it has."""
         least, most = self._bounds(ramp.at(step)) if ramp.last_update(step) is not None else (0, 0)
-        if not least <= self._removed() <= most:
-            expected = f"{least}" if least == most else f"{least} to {most}"
-            raise CallbackError(
-                f"after step {step} the masks should remove {expected} {self.counted}, but remove {self._removed()}: "
-                "load the model's state_dict, masks included, after the callback is installed (attach, or Trainer with "
-                "callbacks=), and resume with the options that the checkpoint was made with"
-            )
+        self._refuse_lost_masks(step, least, most)

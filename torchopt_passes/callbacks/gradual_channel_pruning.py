@@ -174,7 +174,7 @@ class GradualChannelPruning(GradualMasks):
             return
         with torch.no_grad():
             self._apply()
-        self._tell_if_short()
+        self._tell_if_short(self._bounds(1.0)[0])
         masks = {g: g.mask for g in self._groups if not g.mask.all()}
         self.plan = Plan(skips=self.skips)
         if masks:

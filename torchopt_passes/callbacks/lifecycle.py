@@ -135,6 +135,11 @@ class Lifecycle:
     student: Student | None = None
     """The model the callback is installed on; set by the loop."""
 
+    @property
+    def acts_before_step(self) -> bool:
+        """Whether `before_step` does anything: then the loop needs an optimizer that tells of its steps."""
+        return type(self).before_step is not Lifecycle.before_step
+
     def install(self, student: Student) -> None:
         """Prepare the model: put buffers beside its weights, bring parameters with `Student.own`.
 

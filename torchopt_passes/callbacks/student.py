@@ -298,7 +298,7 @@ class Student:
 
     def _early(self) -> list[Lifecycle]:
         """Return the callbacks that act before a step."""
-        return [c for c in self._callbacks if type(c).before_step is not Lifecycle.before_step]
+        return [callback for callback in self._callbacks if callback.acts_before_step]
 
     def _before_step(self) -> None:
         if self._progress is not None:

@@ -83,6 +83,35 @@ class Target:
         """The mask beside the weight: bool, True for what is kept."""
         return self.owner.get_buffer(self.mask_name)
 
+    def state(self, kind: str) -> torch.Tensor:
+        """The buffer ``<name>_<kind>`` beside the weight."""
+        return self.owner.get_buffer(f"{self.name}_{kind}")
+
+    def refuse_taken(self, kind: str, value: torch.Tensor) -> None:
+        """Refuse a weight beside which ``<name>_<kind>`` is something else than what a run that failed left over.
+
+        Raises:
+            CallbackError: it is.
+        """
+        name = f"{self.name}_{kind}"
+        present = self.owner._buffers.get(name)
+        ours = present is not None and present.shape == value.shape and present.dtype == value.dtype
+        if hasattr(self.owner, name) and not ours:
+            raise CallbackError(f"{self.fqn} has a {name} beside it already: rename that first")
+
+    def put_state(self, kind: str, value: torch.Tensor) -> None:
+        """Put a buffer ``<name>_<kind>`` beside the weight."""
+        self.owner.register_buffer(f"{self.name}_{kind}", value)
+
+    def drop_state(self, kind: str) -> None:
+        """Take the buffer away, if it is there."""
+        self.owner._buffers.pop(f"{self.name}_{kind}", None)
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the weight, zeros where the step has none."""
+        gradient = self.weight.grad
+        return torch.zeros_like(self.weight) if gradient is None else gradient.detach()
+
 
 def put_masks(student: Student, callback: Lifecycle, masks: Mapping[MaskedT, torch.Tensor]) -> None:
     """Put a mask buffer beside each weight, all or none; one left over by a run that ended in an error is replaced.

@@ -15,12 +15,11 @@ import torch
 from torchopt_passes.errors import ConfigError
 
 __all__ = [
-    "block_mask",
     "expand_slices",
     "global_magnitude_masks",
     "keep_largest",
+    "keep_largest_of_all",
     "magnitude_mask",
-    "n_m_mask",
     "random_mask",
     "removed_count",
     "slice_mask",
@@ -103,15 +102,32 @@ def global_magnitude_masks(weights: Mapping[str, torch.Tensor], sparsity: float)
         >>> masks["a"], masks["b"]
         (tensor([False, False]), tensor([True, True]))
     """
+    return keep_largest_of_all({fqn: weight.detach().abs() for fqn, weight in weights.items()}, sparsity)
+
+
+def keep_largest_of_all(scores: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
+    """Return the masks that remove the lowest scores of all tensors ranked together.
+
+    Args:
+        scores: name -> importance; equal ones go in the order of the mapping.
+        sparsity: share of all together to remove, 0 <= sparsity <= 1.
+
+    Returns:
+        name -> bool, shape and device of its scores.
+
+    Example:
+        >>> keep_largest_of_all({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 0.0])}, 0.5)
+        {'a': tensor([False,  True]), 'b': tensor([ True, False])}
+    """
     removed_count(sparsity, 0)
-    if not weights:
+    if not scores:
         return {}
-    device = next(iter(weights.values())).device
-    flat = torch.cat([weight.detach().abs().flatten().to(device) for weight in weights.values()])
-    parts = keep_largest(flat, sparsity).split([weight.numel() for weight in weights.values()])
+    device = next(iter(scores.values())).device
+    flat = torch.cat([each.detach().flatten().to(device) for each in scores.values()])
+    parts = keep_largest(flat, sparsity).split([each.numel() for each in scores.values()])
     return {
-        fqn: part.view(weight.shape).to(weight.device, copy=True)
-        for (fqn, weight), part in zip(weights.items(), parts, strict=True)
+        name: part.view(each.shape).to(each.device, copy=True)
+        for (name, each), part in zip(scores.items(), parts, strict=True)
     }
 
 
@@ -134,72 +150,6 @@ def random_mask(weight: torch.Tensor, sparsity: float, generator: torch.Generato
     source = generator.device if generator is not None else torch.device("cpu")
     scores = torch.rand(weight.shape, generator=generator, device=source, dtype=torch.float64)
     return keep_largest(scores, sparsity).to(weight.device)
-
-
-def n_m_mask(weight: torch.Tensor, n: int, m: int, dim: int = 1) -> torch.Tensor:
-    """Return the mask that keeps the `n` largest ``|w|`` of every `m` consecutive weights along `dim`.
-
-    Args:
-        weight: at least `dim` + 1 dimensions, size along `dim` a multiple of `m`.
-        n: weights kept of each group, 0 < n < m.
-        m: size of a group.
-        dim: dimension the groups lie along; the input dimension is what sparse tensor cores want.
-
-    Returns:
-        bool, shape of `weight`.
-
-    Raises:
-        ConfigError: `n`, `m` or `dim` do not fit the tensor.
-
-    Source:
-        Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 3.
-
-    Example:
-        >>> n_m_mask(torch.tensor([[1.0, -4.0, 3.0, 2.0]]), 2, 4)
-        tensor([[False,  True,  True, False]])
-    """
-    if not 0 < n < m:
-        raise ConfigError(f"N:M needs 0 < N < M, not {n}:{m}")
-    if not -weight.ndim <= dim < weight.ndim:
-        raise ConfigError(f"{n}:{m} along dimension {dim} does not fit a tensor of shape {tuple(weight.shape)}")
-    if weight.shape[dim] % m:
-        raise ConfigError(f"dimension {dim} of shape {tuple(weight.shape)} is not divisible by {m} for {n}:{m}")
-    last = weight.detach().abs().movedim(dim, -1)
-    groups = last.reshape(-1, m)
-    mask = torch.ones_like(groups, dtype=torch.bool)
-    mask.scatter_(1, groups.argsort(dim=1, stable=True)[:, : m - n], value=False)
-    return mask.view(last.shape).movedim(-1, dim).contiguous()
-
-
-def block_mask(weight: torch.Tensor, block: tuple[int, int], sparsity: float) -> torch.Tensor:
-    """Return the mask that removes whole blocks of the matrix ``(out, in * kernel)``, by mean ``|w|``.
-
-    Args:
-        weight: at least 2 dimensions; those after the first count as one.
-        block: rows and columns of a block; both must divide the matrix.
-        sparsity: share of the blocks to remove, 0 <= sparsity <= 1.
-
-    Returns:
-        bool, shape of `weight`.
-
-    Raises:
-        ConfigError: the tensor is no matrix, or the blocks do not tile it.
-
-    Example:
-        >>> block_mask(torch.tensor([[1.0, 1.0, 5.0, 5.0]]), (1, 2), 0.5)
-        tensor([[False, False,  True,  True]])
-    """
-    rows, columns = block
-    if rows < 1 or columns < 1:
-        raise ConfigError(f"a block needs at least one row and column, not {rows}x{columns}")
-    if weight.ndim < 2:
-        raise ConfigError(f"blocks need a matrix, not a tensor of shape {tuple(weight.shape)}")
-    matrix = weight.detach().abs().flatten(1)
-    if matrix.shape[0] % rows or matrix.shape[1] % columns:
-        raise ConfigError(f"{rows}x{columns} blocks do not tile the matrix {tuple(matrix.shape)}")
-    tiles = matrix.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
-    kept = keep_largest(tiles.to(torch.promote_types(tiles.dtype, torch.float32)).mean(dim=(1, 3)), sparsity)
-    return kept[:, None, :, None].expand(tiles.shape).reshape(weight.shape)
 
 
 def slice_mask(weight: torch.Tensor, dim: int, sparsity: float, order: float) -> torch.Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from torchopt_passes.errors import ConfigError, PlanError
-from torchopt_passes.functional import masks
+from torchopt_passes.functional import masks, patterns
+from torchopt_passes.functional.patterns import parse_pattern
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
@@ -187,12 +188,12 @@ class PruneWeights(GraphPass):
         if kind == "n:m":
             if len(dims) != 1 or None in dims:
                 raise ConfigError("its uses do not agree on one input dimension for N:M")
-            return masks.n_m_mask(weight, *numbers, dim=dims.pop() or 0)
+            return patterns.n_m_mask(weight, *numbers, dim=dims.pop() or 0)
         if self.threshold is not None:
             return masks.threshold_mask(weight, self.threshold)
         if kind == "block":
             blocks = weight.numel() // (numbers[0] * numbers[1])
-            return masks.block_mask(weight, (numbers[0], numbers[1]), self._share(blocks))
+            return patterns.block_mask(weight, (numbers[0], numbers[1]), self._share(blocks))
         if kind == "dim":
             return self._slices(weight, numbers[0], generator)
         share = self._share(weight.numel())
@@ -269,30 +270,3 @@ def parse_method(method: str) -> tuple[Literal["magnitude", "random", "lp"], flo
     except ValueError:
         pass
     raise ConfigError(f'method must be "magnitude", "random" or "lp:P" with a number P, not {method!r}')
-
-
-def parse_pattern(pattern: str) -> tuple[Literal["", "n:m", "block", "dim"], tuple[int, ...]]:
-    """Return what a pattern text means and its numbers.
-
-    Raises:
-        ConfigError: the text is no pattern.
-
-    Example:
-        >>> parse_pattern("2:4"), parse_pattern("block 4x1"), parse_pattern("dim -1")
-        (('n:m', (2, 4)), ('block', (4, 1)), ('dim', (-1,)))
-    """
-    import re
-
-    if not pattern:
-        return "", ()
-    if match := re.fullmatch(r"(\d+):(\d+)", pattern):
-        n, m = int(match[1]), int(match[2])
-        if 0 < n < m:
-            return "n:m", (n, m)
-    if match := re.fullmatch(r"block (\d+)x(\d+)", pattern):
-        rows, columns = int(match[1]), int(match[2])
-        if rows > 0 and columns > 0:
-            return "block", (rows, columns)
-    if match := re.fullmatch(r"dim (-?\d+)", pattern):
-        return "dim", (int(match[1]),)
-    raise ConfigError(f'pattern must be "N:M" with 0 < N < M, "block RxC" or "dim D", not {pattern!r}')

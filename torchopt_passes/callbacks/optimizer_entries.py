@@ -1,0 +1,46 @@
+"""Optimizer state of single weights: forgotten where a weight begins anew."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+__all__ = ["forget", "forget_entries"]
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def forget_entries(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, entries: torch.Tensor) -> None:
+    """Set to zero what an optimizer keeps for entries of a parameter: momentum, mean and square of gradients.
+
+    Moments that torchao keeps in 8 or 4 bits are dequantized, and quantized again by blocks. Step counters stay, as do
+    sums over rows and columns (Adafactor), which belong to no entry.
+
+    Args:
+        optimizer: holds the parameter, or nothing of it yet.
+        parameter: any shape.
+        entries: bool, its shape; True for those to forget.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+            continue
+        dequantize: Any = getattr(value, "dequantize", None)
+        if type(value) is not torch.Tensor and dequantize is not None:
+            value.copy_(dequantize().masked_fill(entries, 0.0))
+        elif value.is_floating_point():
+            value.masked_fill_(entries, 0.0)
+        else:
+            logger.warning(
+                "%s keeps %r as %s, whose single entries cannot be set to zero: grown weights begin with an old moment",
+                type(optimizer).__name__,
+                key,
+                value.dtype,
+            )
+
+
+def forget(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    """Drop all that an optimizer keeps for a parameter: its next step is as its first."""
+    optimizer.state.pop(parameter, None)
