@@ -127,7 +127,7 @@ def test_any_name_and_number_survives_yaml(
         ("version: 1\ncallbacks: [gradual_pruning: {sparsity: '0.5'}]", "GradualPruning: sparsity: Input should be"),
         ("version: 1\ncallbacks: [gradual_pruning: {sparsity: 1.5}]", "sparsity must be in (0, 1)"),
         ("version: 1\ncallbacks: [gradual_pruning: {sparsity: .5, skips: []}]", "GradualPruning: unknown ['skips']"),
-        ("version: 1\ncallbacks: [gradual_pruning: {sparsity: .5, every: 010}]", "valid integer (got '010')"),
+        ("version: 1\ncallbacks: [gradual_pruning: {sparsity: .5, every: 010}]", "Epochs (got '010')"),
         ("version: 1\ncallbacks: [gradual_pruning: 3]", "must be {option: value}"),
         ("version: 1\ncallbacks: [3]", "a callback in a recipe is"),
         ("version: 1\ncallbacks: [distillation: {alpha: high}]", "Distillation: alpha: Input should be"),
@@ -256,3 +256,36 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(top.ConfigError, match="a recipe cannot hold <function"):
         recipe.save(tmp_path / "recipe.yaml")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_moments_in_epochs_and_criteria_with_options(tmp_path: Path) -> None:
+    text = """
+version: 1
+callbacks:
+  - gradual_pruning:
+      {sparsity: 0.8, start: {epochs: 0.5}, end: 0.7, every: {epochs: 1}, criterion: {magnitude: {dense: true}}}
+  - rig_l: {sparsity: 0.9, end: {epochs: 3}, scope: uniform}
+  - soft_movement_pruning: {penalty: 50.0}
+"""
+    recipe = load_recipe(write(tmp_path, text))
+    pruning, rigl, soft = recipe.make_callbacks()
+    assert isinstance(pruning, GradualPruning)
+    assert (pruning.start, pruning.end, pruning.every) == (top.Epochs(0.5), 0.7, top.Epochs(1))
+    assert pruning.criterion == top.Magnitude(dense=True)
+    assert isinstance(rigl, top.RigL)
+    assert rigl.end == top.Epochs(3)
+    assert isinstance(soft, top.SoftMovementPruning)
+    for name in ("again.yaml", "again.json"):
+        assert load_recipe(recipe.save(tmp_path / name)).callbacks == recipe.callbacks
+    for wrong, message in (
+        ("{sparsity: .8, start: {epochs: -1}}", "Epochs needs a number"),
+        ("{sparsity: .8, start: {epochs: two}}", "epochs: "),
+        ("{sparsity: .8, start: {steps: 2}}", "GradualPruning: start: "),
+        ("{sparsity: .8, criterion: {magnitude: {dens: true}}}", "magnitude: .*dens"),
+        ("{sparsity: .8, criterion: {size: {}}}", "GradualPruning: criterion: "),
+    ):
+        with pytest.raises(top.ConfigError, match=message):
+            load_recipe(write(tmp_path, f"version: 1\ncallbacks: [gradual_pruning: {wrong}]"))
+    live = Recipe(callbacks=(("gradual_pruning", {"criterion": top.Snip(batches=[torch.ones(1)])}),))
+    with pytest.raises(top.ConfigError, match="a recipe cannot hold"):
+        live.to_dict()

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 
-from torchopt_passes.callbacks import Callback
+from torchopt_passes.callbacks import Callback, Epochs
+from torchopt_passes.callbacks.criteria import CRITERIA, Criterion
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.base import GraphPass
 from torchopt_passes.graph.pipeline import Pipeline
@@ -39,7 +40,7 @@ class Recipe:
       - prune_weights: {sparsity: 0.5}
       - fuse_batch_norm
     callbacks:
-      - gradual_pruning: {sparsity: 0.8, pattern: ""}
+      - gradual_pruning: {sparsity: 0.8, start: {epochs: 1}, criterion: {magnitude: {dense: true}}}
       - distillation: {alpha: 0.5, temperature: 2.0}
     ```
 
@@ -184,10 +185,27 @@ def _callback_entry(item: Any) -> tuple[str, dict[str, Any]]:
     unknown = sorted(map(str, set(options) - set(known)))
     if unknown:
         raise ConfigError(f"{types[name].__name__}: unknown {unknown}; it has {sorted(known)}")
+    options = {key: _value(value, _hint(types[name], key)) for key, value in options.items()}
     _check_types(types[name], options)
     if not _missing(types[name], options):
         _make_callback(name, options, {})
     return name, options
+
+
+def _value(value: Any, hint: Any) -> Any:
+    """Return what ``{epochs: 2}`` and ``{magnitude: {dense: true}}`` stand for, where the option takes such a thing."""
+    if not isinstance(value, dict) or len(cast("dict[Any, Any]", value)) != 1:
+        return cast("Any", value)
+    ((name, inner),) = cast("dict[Any, Any]", value).items()
+    kinds = get_args(hint)
+    try:
+        if Epochs in kinds and name == "epochs":
+            return Epochs(inner)
+        if Criterion in kinds and name in CRITERIA:
+            return CRITERIA[name](**(inner or {}))
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    return cast("Any", value)
 
 
 def _check_types(kind: type[Callback], options: dict[str, Any]) -> None:
@@ -250,6 +268,11 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in cast("dict[Any, Any]", value).items()}
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, Epochs):
+        return {"epochs": value.count}
+    if isinstance(value, Criterion) and is_dataclass(value) and CRITERIA.get(value.name) is type(value):
+        changed = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+        return {value.name: _plain(changed)}
     raise ConfigError(f"a recipe cannot hold {value!r}")
 
 
