@@ -183,10 +183,10 @@ class Benchmark:
                 raise RuntimeError(f"{method}: {count_macs(pruned)} of {macs} MACs stay, more than at {speedup}x")
             before = quality_training.evaluate(pruned, self.splits[split], budget, PRUNED_IMAGES)
             teacher = options.distillation if isinstance(options, Ours) else None
-            distillation = (
-                top.Distillation(copy.deepcopy(base), alpha=teacher[0], temperature=teacher[1]) if teacher else None
+            callbacks = (
+                [top.Distillation(copy.deepcopy(base), alpha=teacher[0], temperature=teacher[1])] if teacher else []
             )
-            training = quality_training.train(pruned, train, budget, ORDER + seed, distillation=distillation)
+            training = quality_training.train(pruned, train, budget, ORDER + seed, callbacks=callbacks)
             cell = {
                 "speedup": speedup,
                 "macs_before": macs,

@@ -5,8 +5,9 @@
 
 EfficientNet-Lite0 with its packaged ImageNet weights on random crops of real photos, MiniLM-L6 on English sentences.
 Weights and activations in 8 bits, calibrated on photos and sentences that are not evaluated. Our arms run the graph of
-fake-quantizers, which `ConvertQuantized` and `top.export` prove equal to what is deployed. The record is
-benchmarks/records/quality_quant.json: fidelity, what stayed float, seconds, versions.
+fake-quantizers, which `ConvertQuantized` and `top.export` prove equal to what is deployed. ResNet-20 on Fashion-MNIST
+is measured by accuracy, see `quality_quant_resnet`. The record is benchmarks/records/quality_quant.json: fidelity or
+accuracy, what stayed float, seconds, versions. What is in it already is made again.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ import torch
 from torch import nn
 
 import torchopt_passes as top
+from benchmarks import quality_quant_resnet as resnet
 from benchmarks.quality_quant_data import Suite, efficientnet_lite0, minilm
 
 RECORD = Path(__file__).parent / "records" / "quality_quant.json"
-PACKAGES = ("torch", "torchao", "onnxruntime", "transformers", "timm", "torchopt_passes")
+PACKAGES = ("torch", "torchao", "onnxruntime", "brevitas", "transformers", "timm", "torchopt_passes")
 SUITES: dict[str, Callable[[], Suite]] = {"efficientnet_lite0": efficientnet_lite0, "minilm": minilm}
 Run = Callable[[Any], torch.Tensor]
 """A batch -> logits, or the last hidden states."""
@@ -194,7 +196,10 @@ def nearest(embeddings: torch.Tensor) -> torch.Tensor:
 
 def row(model: str, arm: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    if model in resnet.MODELS:
+        return resnet.row(model, arm, read()["rows"])
     suite, found = SUITES[model](), {}
     wanted = outputs(suite, float32(suite, {}))
     started = time.process_time()
@@ -214,30 +219,37 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def read() -> dict[str, Any]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {"rows": []}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    every = {model: list(ARMS) for model in SUITES} | {model: list(resnet.ARMS) for model in resnet.MODELS}
+    names = [*ARMS, *resnet.ARMS]
+    parser.add_argument("--models", nargs="+", choices=list(every), default=list(every))
+    parser.add_argument("--arms", nargs="+", choices=names, default=names)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
         print(json.dumps(row(*arguments.row)))
         return
-    record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"rows": []}
-    record["environment"] = {
+    record = read()
+    environment = {
         "python": platform.python_version(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "threads": 1,
         **versions(PACKAGES),
     }
     for arm in arguments.arms:
-        for model in arguments.models:
+        for model in (one for one in arguments.models if arm in every[one]):
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.quality_quant", "--row", model, arm]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             made = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
             made = made or {"model": model, "arm": arm, "failed": done.stderr.strip().splitlines()[-1]}
             kept = [one for one in record["rows"] if (one["model"], one["arm"]) != (model, arm)]
-            record["rows"] = sorted([*kept, made], key=lambda one: (one["model"], list(ARMS).index(one["arm"])))
+            kept.append(made | {"environment": environment})
+            record["rows"] = sorted(kept, key=lambda one: (one["model"], names.index(one["arm"])))
             partial = RECORD.with_suffix(".partial")
             partial.write_text(json.dumps(record, indent=1) + "\n")
             partial.replace(RECORD)

