@@ -28,7 +28,7 @@ from tests.graph.quantization.every_model import broken_promises, quantize_model
 
 RECORD = Path(__file__).resolve().parent / "records" / "quantize_matrix.csv"
 PROVED = 200_000_000  # parameters; above, the proof's float64 copies do not fit beside the rest
-FIELDS = (
+FIELDS: tuple[str, ...] = (
     "family", "model", "target", "operations", "int8", "float", "rounded", "converted", "other sizes", "off", "proof",
     "intact", "broken", "seconds",
 )  # fmt: skip

@@ -107,6 +107,7 @@ from .graph.quantization import QuantizeWeights as QuantizeWeights
 from .graph.quantization import RoundWeights as RoundWeights
 from .graph.quantization import set_fake_quant as set_fake_quant
 from .graph.quantization import set_observers as set_observers
+from .graph.quantization.pretrained_codebooks import register_codebooks as register_codebooks
 from .graph.quantization.layer_histograms import LayerHistogram as LayerHistogram
 from .graph.quantization.layer_histograms import layer_histograms as layer_histograms
 from .graph.quantization.layer_report import LayerReport as LayerReport

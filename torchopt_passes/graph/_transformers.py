@@ -18,10 +18,12 @@ from torchopt_passes.errors import CaptureError, MissingExtraError
 
 __all__ = [
     "config_from_data",
+    "config_of",
     "config_to_data",
     "finish_loading",
     "know_output_classes",
     "load_model",
+    "register_quantization",
 ]
 
 
@@ -133,3 +135,60 @@ def finish_loading(model: Any, folder: Path) -> None:
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def config_of(model: nn.Module) -> Any:
+    """Return the configuration of a Transformers model; None for any other module."""
+    transformers = sys.modules.get("transformers")
+    return model.config if transformers is not None and isinstance(model, transformers.PreTrainedModel) else None
+
+
+def register_quantization(
+    method: str, before: Callable[[nn.Module, dict[str, Any]], Any], after: Callable[[nn.Module, Any], None]
+) -> None:
+    """Teach ``from_pretrained`` a form of quantization, unless it knows it already.
+
+    Args:
+        method: ``quant_method`` of the ``quantization_config`` in ``config.json``.
+        before: makes the model ready for the tensors of the file, told that configuration.
+        after: finishes the loaded model, given what `before` returned.
+
+    Raises:
+        MissingExtraError: Transformers is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError("transformers", "hf")
+    from transformers.quantizers import HfQuantizer
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if method in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+
+    def remember(self: Any, **data: Any) -> None:
+        self.quant_method, self.data = method, data
+
+    def prepare(self: Any, model: nn.Module, **_: Any) -> None:
+        self.prepared = before(model, self.quantization_config.data)
+
+    def finish(self: Any, model: nn.Module, **_: Any) -> nn.Module:
+        after(model, self.prepared)
+        return model
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        return {"quant_method": method, **self.data}
+
+    methods = {"__init__": remember, "to_dict": to_dict}
+    register_quantization_config(method)(type("CodedConfig", (QuantizationConfigMixin,), methods))
+    steps: dict[str, Any] = {
+        "requires_calibration": True,
+        "_process_model_before_weight_loading": prepare,
+        "_process_model_after_weight_loading": finish,
+        "is_serializable": lambda _: True,  # names and tensors of the state dict are all that a file needs
+        "is_trainable": property(lambda _: True),
+    }
+    register_quantizer(method)(type("CodedQuantizer", (HfQuantizer,), steps))

@@ -54,8 +54,10 @@ def remove_empty_modules(graph_module: fx.GraphModule, names: list[str]) -> None
 
 def _remove_if_empty(module: nn.Module, path: str) -> None:
     """Remove a submodule that only held state and holds none any more."""
-    owner = module.get_submodule(path)
-    if not path or type(owner) is not nn.Module or owner._parameters or owner._buffers or owner._modules:
+    owner: nn.Module | None = module
+    for name in path.split("."):
+        owner = owner._modules.get(name) if owner is not None else None
+    if owner is None or type(owner) is not nn.Module or owner._parameters or owner._buffers or owner._modules:
         return
     parent, _, name = path.rpartition(".")
     del module.get_submodule(parent)._modules[name]

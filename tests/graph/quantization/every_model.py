@@ -64,13 +64,18 @@ class Row:
 
 
 def broken_promises(row: Row) -> list[str]:
-    """Return what does not hold."""
+    """Return what does not hold.
+
+    The proof compares in float64. In float32 a batch norm that is folded sums in another order, and of the values that
+    lie on the border between two steps some fall to the other side: that is less than the noise of rounding.
+    """
     checks = {
         "a matrix operation is not reported": not row.silent,
         "an operation reported as int8 reads floats": not row.not_lowered,
         "with rounding off it is not the source": row.off <= 1e-6,
-        "the converted graph is not the prepared one": row.converted <= 1e-5 and row.proof != "failed",
-        "nor at other batch sizes and lengths": row.other_sizes <= 1e-5,
+        "the converted graph is not proven": row.proof != "failed",
+        "the converted graph is not the prepared one": row.converted <= 0.5 * row.rounded,
+        "nor at other batch sizes and lengths": row.other_sizes <= 0.5 * row.rounded,
         "source or prepared graph were changed": row.intact,
     }
     return [name for name, holds in checks.items() if not holds]

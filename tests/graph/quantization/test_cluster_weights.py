@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,26 +195,53 @@ def test_fine_tuning_keeps_clusters_and_zeros() -> None:
         assert not torch.equal(codebook, before[fqn])
 
 
-def test_quantization_aware_training_keeps_clusters() -> None:
-    from torchopt_passes import ConvertQuantized, InsertFakeQuant
+def level_of(weight: torch.Tensor, edit: StoreCodebook) -> dict[int, torch.Tensor]:
+    """Return the values of a weight by the index that the plan gave them; one value each, if clusters are kept."""
+    index = unpack(edit.indices, edit.bits, weight.numel()).view(weight.shape)
+    return {int(k): weight[index == k].unique() for k in index.unique()}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])  # CQAT, PCQAT
+@pytest.mark.parametrize("target", ["inductor", "onnx"])
+def test_quantization_aware_training_keeps_clusters_and_zeros(target: str, sparsity: float) -> None:
+    """Every index keeps one level through training; pruned weights stay exactly 0, in float and in int8."""
+    from torchopt_passes import ConvertQuantized, InsertFakeQuant, QuantizationSchedule, attach
 
     model, _ = build("conv_residual")
     x, y = torch.randn(32, 3, 12, 12), torch.randint(0, 5, (32,))
     graph = top.capture(model, (x,))
-    ClusterWeights(bits=3, min_numel=16)(graph)
-    InsertFakeQuant(target="onnx")(graph)
-    optimizer = torch.optim.SGD(graph.parameters(), lr=1e-2)
+    if sparsity:
+        top.PruneWeights(sparsity=sparsity)(graph)
+    zeros = {name: (p == 0).detach().clone() for name, p in graph.named_parameters() if p.ndim > 1}
+    plan = ClusterWeights(bits=3, min_numel=16)(graph).plan
+    InsertFakeQuant(target=target)(graph)
+    optimizer = torch.optim.SGD(graph.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-2)
     graph.train()
-    for _ in range(3):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(graph(x), y).backward()
-        optimizer.step()
+    with attach(graph, optimizer, [QuantizationSchedule()], total_steps=8):
+        for _ in range(8):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(graph(x), y).backward()
+            optimizer.step()
+    # the trained codebooks, as the floats they stand for
+    twin = copy.deepcopy(model)
+    plan.apply(twin).load_state_dict(graph.state_dict(), strict=False)
     converted = ConvertQuantized()(graph.eval()).graph_module
-    integers = {n: t for n, t in converted.state_dict().items() if t.dtype is torch.int8 and t.ndim > 1}
-    assert len(integers) == 4
-    for weight in integers.values():
-        rows = weight.flatten(1)  # a scale for each channel, so a level becomes one integer in each
-        assert max(len(row.unique()) for row in rows) <= 8
+    for fqn, edit in edits(plan).items():
+        weight = twin.get_submodule(fqn.rpartition(".")[0]).weight
+        assert isinstance(weight, torch.Tensor)
+        levels = level_of(weight.detach(), edit)
+        assert all(len(values) == 1 for values in levels.values()) and 2 < len(levels) <= 8
+        moved = torch.cat(list(levels.values())) - torch.cat(list(level_of(edit.snapped(), edit).values()))
+        assert float(moved.abs().max()) > 1e-4, "levels train"
+        integers = converted.get_buffer(fqn)
+        assert integers.dtype is torch.int8
+        if sparsity:
+            assert bool((weight[zeros[fqn]] == 0).all()) and bool((integers[zeros[fqn]] == 0).all())
+            assert float((integers == 0).float().mean()) >= sparsity - 0.02
+        # a scale for each channel: in each, a level is one integer
+        index = unpack(edit.indices, edit.bits, integers.numel()).view(integers.shape)
+        for row, indices in zip(integers, index, strict=True):
+            assert all(len(row[indices == k].unique()) == 1 for k in indices.unique())
 
 
 def test_levels_of_a_grid_do_not_train() -> None:
@@ -505,3 +534,50 @@ def test_half_precision_keeps_its_dtype() -> None:
     graph = top.capture(model, (inputs[0].bfloat16(),))
     plan = ClusterWeights(bits=3, min_numel=16)(graph).plan
     assert {edit.codebook.dtype for edit in edits(plan).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("name", "outliers"), [("gpt2", 0.01), ("llama", 0.0)])  # tied, and not
+def test_from_pretrained_builds_codebooks_in_a_fresh_process(name: str, outliers: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = MODELS[name].build().eval()
+    kwargs = {k: v for k, v in MODELS[name].case(2)[1].items() if k != "labels"}
+    graph = top.capture(model, (), kwargs)
+    ClusterWeights(bits=3, min_numel=64, granularity="channel", outliers=outliers).plan(graph).apply(model)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        save_file(kwargs | {"logits": model(**kwargs).logits}, tmp_path / "expected")
+    code = f"""
+import torch, torchopt_passes as top
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+top.register_codebooks()
+model, info = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, output_loading_info=True)
+assert not any(info.values()), info
+expected = load_file({str(tmp_path / "expected")!r})
+with torch.no_grad():
+    inputs = {{k: v for k, v in expected.items() if k != "logits"}}
+    assert torch.equal(model.eval()(**inputs).logits, expected["logits"])
+model.generate(expected["input_ids"][:1], max_new_tokens=2, do_sample=False, pad_token_id=0)
+tied = {name == "gpt2"}
+one, other = model.get_input_embeddings(), model.get_output_embeddings()
+assert (one.parametrizations.weight.original0 is other.parametrizations.weight.original0) == tied
+model.save_pretrained({str(tmp_path / "again")!r})
+again = AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}).eval()
+with torch.no_grad():
+    assert torch.equal(again(expected["input_ids"]).logits, model(expected["input_ids"]).logits)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_configuration_that_does_not_fit_is_refused() -> None:
+    from torchopt_passes.graph.quantization.pretrained_codebooks import prepare_codebook
+
+    model = nn.Sequential(nn.Linear(4, 6))
+    facts = {"shape": [6, 5], "channel_dim": None, "group_size": 0, "bits": 2, "levels": 4, "keep_zero": False}
+    with pytest.raises(top.PlanError, match=r"stores 0\.weight with shape"):
+        prepare_codebook(model, "0.weight", facts | {"outliers": 0})
+    with pytest.raises(top.PlanError, match="more outliers than values"):
+        prepare_codebook(model, "0.weight", facts | {"shape": [6, 4], "outliers": 25})
+    prepare_codebook(model, "0.weight", facts | {"shape": [6, 4], "outliers": 1})
+    assert model(torch.randn(2, 4)).shape == (2, 6)

@@ -179,3 +179,15 @@ def test_power_of_two_steps_are_learned_in_training() -> None:
 def test_grids_that_a_target_lacks_are_refused(options: dict[str, Any], what: str) -> None:
     with pytest.raises(top.ConfigError, match=what):
         InsertFakeQuant(**options)
+
+
+def test_the_step_that_is_reported_is_the_step_that_rounds() -> None:
+    model, inputs = build("conv_residual")
+    graph_module = top.capture(model, inputs).eval()
+    InsertFakeQuant(qat=False, power_of_two=True)(graph_module)
+    plan = top.Calibrate(method="minmax")(graph_module, top.PassContext(calibration=[inputs])).plan
+    found = quantizers(graph_module)
+    for edit in plan.edits:
+        step = edit.numbers["step"]
+        assert step == float(found[edit.quantizer.removeprefix("fake_quant.")].scale.max())  # pyright: ignore
+        assert torch.frexp(torch.tensor(step)).mantissa == 0.5, "a power of two"

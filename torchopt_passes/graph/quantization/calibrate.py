@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from torchopt_passes._compat import flat_inputs
 from torchopt_passes.errors import ConfigError, PlanError
-from torchopt_passes.functional.affine import affine_qparams, along, fake_quantize, min_max
+from torchopt_passes.functional.affine import along, fake_quantize, min_max
 from torchopt_passes.functional.ranges import Grid, channel_mse_range
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.calls import as_call
@@ -173,7 +173,7 @@ class Calibrate(GraphPass):
         self, target: str, name: str, quantizer: FakeQuantizer, chosen: ChosenRange, batches: int
     ) -> SetObserverState:
         low, high = chosen.low, chosen.high
-        scale, _ = affine_qparams(low, high, quantizer.quant_min, quantizer.quant_max, symmetric=quantizer.signed)
+        scale, _ = quantizer.qparams(low, high)
         numbers = {"min": float(low.min()), "max": float(high.max()), "step": float(scale.max())}
         if chosen.method in chosen.sqnr:
             numbers["sqnr"] = chosen.sqnr[chosen.method]
@@ -248,7 +248,7 @@ def _weight_choice(method: str, quantizer: FakeQuantizer, *args: torch.Tensor | 
         low, high = channel_mse_range(weight, Grid(low_int, high_int, symmetric=quantizer.signed), dim)
     else:
         low, high = min_max(weight, dim)
-    scale, zero_point = affine_qparams(low, high, low_int, high_int, symmetric=quantizer.signed)
+    scale, zero_point = quantizer.qparams(low, high)
     ratio = sqnr(fake_quantize(weight, scale, zero_point, low_int, high_int, dim), weight)
     return ChosenRange(method, low, high, {method: ratio} if isfinite(ratio) else {})
 

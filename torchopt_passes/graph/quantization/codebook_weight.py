@@ -28,7 +28,15 @@ from torchopt_passes.functional.packing import unpack
 from torchopt_passes.graph.state import get_state, remove_unused_state
 from torchopt_passes.graph.tensors import aliases, find_owner, get_tensor
 
-__all__ = ["CodebookWeight", "Layout", "decode", "store_in_graph", "store_in_module", "stored_parameters"]
+__all__ = [
+    "CodebookWeight",
+    "Layout",
+    "decode",
+    "share_codebook",
+    "store_in_graph",
+    "store_in_module",
+    "stored_parameters",
+]
 
 
 @dataclass(frozen=True)
@@ -225,20 +233,28 @@ def store_in_module(module: nn.Module, fqn: str, weight: CodebookWeight, tensors
         weight: made for it.
         tensors: the codebook, and the values of the outliers.
     """
-    first: nn.Module | None = None
-    for owner, name in _owners(module, fqn):
-        if (
-            first is not None
-        ):  # Transformers leaves what a module names here out of its files: one of tied tensors stays
-            owner._tied_weights_keys = {f"parametrizations.{name}": f"of {fqn}"}  # pyright: ignore
-        parametrize.register_parametrization(owner, name, weight, unsafe=True)
-        table: nn.ModuleDict = owner.parametrizations  # pyright: ignore[reportAssignmentType]
-        if first is None:
-            first = table[name]
-            with torch.no_grad():
-                for index, tensor in enumerate(tensors):
-                    first.get_parameter(f"original{index}").copy_(tensor)
-        table[name] = first
+    (owner, name), *others = _owners(module, fqn)
+    parametrize.register_parametrization(owner, name, weight, unsafe=True)
+    first: nn.Module = owner.parametrizations[name]  # pyright: ignore
+    with torch.no_grad():
+        for index, tensor in enumerate(tensors):
+            first.get_parameter(f"original{index}").copy_(tensor)
+    for other, attribute in others:
+        share_codebook(first, other, attribute)
+
+
+def share_codebook(first: nn.Module, owner: nn.Module, name: str) -> None:
+    """Let another name of a tied weight have the codebook of its first name.
+
+    Args:
+        first: the parametrization under the first name.
+        owner: the module that has the other name.
+        name: the other name there; a parameter.
+    """
+    # Transformers leaves what a module names here out of its files: one of tied tensors stays
+    owner._tied_weights_keys = {f"parametrizations.{name}": "of another module"}  # pyright: ignore
+    parametrize.register_parametrization(owner, name, first.get_submodule("0"), unsafe=True)
+    owner.parametrizations[name] = first  # pyright: ignore
 
 
 def store_in_graph(

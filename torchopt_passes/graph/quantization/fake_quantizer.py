@@ -174,16 +174,15 @@ class FakeQuantizer(nn.Module):
         """Set the range, and scale and zero point from it; both of shape [1] or [channels]."""
         self.min_val.copy_(low)
         self.max_val.copy_(high)
-        scale, zero_point = affine_qparams(
-            self.min_val,
-            self.max_val,
-            self.quant_min,
-            self.quant_max,
-            symmetric=self.signed,
-            power_of_two=self.power_of_two,
-        )
+        scale, zero_point = self.qparams(self.min_val, self.max_val)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+
+    def qparams(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and zero point of this grid for a range."""
+        return affine_qparams(
+            low, high, self.quant_min, self.quant_max, symmetric=self.signed, power_of_two=self.power_of_two
+        )
 
     def forward(
         self,

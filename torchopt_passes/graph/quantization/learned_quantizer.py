@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from torchopt_passes.functional.affine import SMALLEST_SCALE, affine_qparams, next_power_of_two, straight_through
+from torchopt_passes.functional.affine import SMALLEST_SCALE, next_power_of_two, straight_through
 from torchopt_passes.functional.learned_steps import (
     dorefa_activations,
     dorefa_weights,
@@ -114,9 +114,7 @@ class LearnedQuantizer(FakeQuantizer):
     @torch.no_grad()
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Start again from a range; both of shape [1] or [channels]."""
-        scale, zero_point = affine_qparams(
-            low, high, self.quant_min, self.quant_max, symmetric=self.signed, power_of_two=self.power_of_two
-        )
+        scale, zero_point = self.qparams(low, high)
         if self.method == "pact":
             self.alpha.copy_(scale * self.quant_max)
         else:

@@ -30,7 +30,7 @@ from torchopt_passes.graph.quantization.folding import (
     split_bias,
     static_value,
 )
-from torchopt_passes.graph.quantization.operations import is_static
+from torchopt_passes.graph.quantization.operations import is_static, weight_name
 from torchopt_passes.graph.state import (
     erase_unused,
     free_name,
@@ -131,7 +131,7 @@ def _lower_weight(
         scale = along(scale_of(graph_module, norms[0][1]), weight.ndim, quantizer.weight_dim)
         weight = (weight.double() * scale).to(weight.dtype)
     weight = quantizer.on_grid(weight, dim)
-    name = _parameter_name(source)
+    name = weight_name(source)
     for user in list(node.users):
         with graph.inserting_before(node):
             back = _rounded_weight(graph, node, name, weight, dim, quantizer, stored, fold_weights=fold_weights)
@@ -178,17 +178,6 @@ def _rounded_weight(
     back = graph.call_function(getattr(ops, f"dequantize_{kind}").default, (rounded, *grid))
     back.meta = _meta(node) | {"val": weight}
     return back
-
-
-def _parameter_name(node: Any) -> str:
-    """Return the fqn of the first parameter or buffer a value is made of."""
-    pending = [node]
-    while pending:
-        first = pending.pop(0)
-        if first.op == "get_attr":
-            return str(first.target)
-        pending += first.all_input_nodes
-    return "weight"
 
 
 def _meta(node: fx.Node, dtype: torch.dtype | None = None) -> dict[str, Any]:

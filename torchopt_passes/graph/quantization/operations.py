@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,10 @@ from torchopt_passes.graph.quantization.fake_quantizer import is_fake_quant
 from torchopt_passes.graph.quantization.targets import KINDS, Operands, Target
 from torchopt_passes.graph.tensors import aliases
 
-__all__ = ["Operation", "Weight", "find_operations", "is_static", "module_path"]
+__all__ = ["Operation", "Weight", "find_operations", "is_static", "module_path", "weight_name"]
 
 aten = torch.ops.aten
+_PARAMETRIZATION = re.compile(r"(^|\.)parametrizations\.([^.]+)\..*$")
 _QDQ = "quantized_decomposed."
 # the weight is still that weight behind these; transposes move its output dimension
 _TRANSPARENT = {aten.detach.default, aten.alias.default, aten.contiguous.default, aten.clone.default}
@@ -28,7 +30,7 @@ class Weight:
     Args:
         node: where it is rounded: the parameter's node, or the last node of a computed weight.
         user: the node that reads it there.
-        fqn: the parameter's first name, or that of the first parameter a computed weight is made of.
+        fqn: the parameter's first name; of a computed weight see `weight_name`.
         channel_dim: its output dimension at `node`.
         computed: whether it is made from parameters by more than transposes (weight standardization, weight norm).
     """
@@ -123,9 +125,7 @@ def _weight(node: fx.Node, operands: Operands, names: dict[str, str]) -> Weight 
     start, user, moved = _behind(value, node, dim)
     if start.op == "get_attr":
         return Weight(start, user, names.get(str(start.target), str(start.target)), moved)
-    parameter = _first_parameter(value)
-    fqn = names.get(parameter, parameter)
-    return Weight(value, node, fqn, dim, computed=True)
+    return Weight(value, node, weight_name(value, names), dim, computed=True)
 
 
 def _behind(value: fx.Node, user: fx.Node, dim: int) -> tuple[fx.Node, fx.Node, int]:
@@ -148,12 +148,21 @@ def _behind(value: fx.Node, user: fx.Node, dim: int) -> tuple[fx.Node, fx.Node, 
     return value, user, dim
 
 
-def _first_parameter(value: fx.Node) -> str:
+def weight_name(value: fx.Node, names: Mapping[str, str] | None = None) -> str:
+    """Return the name of a weight: its parameter's, or that of the first one it is computed from.
+
+    A parametrized weight (weight norm, a codebook) goes by the name that it has in the source module.
+
+    Args:
+        value: a node.
+        names: fqn -> the first name of that tensor, for tied weights.
+    """
     pending, seen = [value], set[fx.Node]()
     while pending:
         node = pending.pop(0)
         if node.op == "get_attr":
-            return str(node.target)
+            name = str(node.target)
+            return _PARAMETRIZATION.sub(r"\1\2", (names or {}).get(name, name))
         pending += [parent for parent in node.all_input_nodes if parent not in seen]
         seen.update(node.all_input_nodes)
     return value.name

@@ -20,6 +20,7 @@ from torchopt_passes.graph.quantization.codebook_weight import (
     store_in_module,
     stored_parameters,
 )
+from torchopt_passes.graph.quantization.pretrained_codebooks import note_codebook
 from torchopt_passes.graph.tensors import get_tensor
 
 __all__ = ["StoreCodebook"]
@@ -100,6 +101,15 @@ class StoreCodebook(Edit):
             store_in_graph(module, self.target, weight, self._floats())
         else:
             store_in_module(module, self.target, weight, self._floats())
+            note_codebook(
+                module,
+                self.target,
+                self.layout,
+                bits=self.bits,
+                levels=self.codebook.shape[1],
+                keep_zero=self.keep_zero,
+                outliers=0 if self.outliers is None else len(self.outliers),
+            )
         if not self.trainable:
             module.get_parameter(stored_parameters(self.target)[0]).requires_grad_(False)
 
