@@ -13,6 +13,7 @@ from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 
+from torchopt_passes import callbacks
 from torchopt_passes.callbacks import Callback, Epochs
 from torchopt_passes.callbacks.criteria import CRITERIA, Criterion
 from torchopt_passes.errors import ConfigError
@@ -145,7 +146,9 @@ def callback_types() -> dict[str, type[Callback]]:
     while pending:
         for kind in pending.pop().__subclasses__():
             builtin = kind.__module__.startswith("torchopt_passes.")
-            if is_dataclass(kind) and (builtin or snake_case(kind.__name__) not in found):
+            if builtin and kind.__name__ not in callbacks.__all__:
+                pass  # a base of several
+            elif is_dataclass(kind) and (builtin or snake_case(kind.__name__) not in found):
                 found[snake_case(kind.__name__)] = kind
             pending.append(kind)
     return dict(sorted(found.items()))

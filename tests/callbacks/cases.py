@@ -29,8 +29,16 @@ from torchopt_passes.callbacks import (
     GradualBits,
     GradualChannelPruning,
     GradualPruning,
+    GroupLasso,
+    GroupVariance,
+    InformationBottleneck,
     KeepZeros,
+    L0ChannelPruning,
+    L0Pruning,
+    L1Penalty,
+    L2Penalty,
     LotteryTicket,
+    Orthogonality,
     QuantizationNoise,
     QuantizationSchedule,
     RigL,
@@ -199,6 +207,63 @@ CASES: dict[str, Case] = {
         # until then ranges and batch statistics are those of a micro-batch, by their nature
         settled=lambda: QuantizationSchedule(observer_off=0, freeze_bn=0),
         stays_ours=FAKE_QUANT,
+    ),
+}
+
+GATES = ("weight", "weight:0", "multipliers")
+UNITS = {"example_inputs": collate(images(2))}
+CASES |= {
+    "L1Penalty": Case(make=lambda: L1Penalty(strength=0.3, skip=("classifier",))),
+    "L1Penalty-gradient": Case(make=lambda: L1Penalty(strength=0.3, form="gradient"), model=captured_net, data=images),
+    "L2Penalty": Case(make=lambda: L2Penalty(strength=2.0), model=bare_net, data=images, plain=bare_net),
+    "L2Penalty-gradient": Case(make=lambda: L2Penalty(strength=2.0, form="gradient")),
+    "GroupLasso": Case(make=lambda: GroupLasso(strength=1.0, **UNITS), model=bare_net, data=images, stays_ours=SMALLER),
+    "GroupLasso-gradient": Case(
+        make=lambda: GroupLasso(strength=1.0, form="gradient"), model=captured_net, data=images
+    ),
+    "GroupVariance": Case(
+        make=lambda: GroupVariance(strength=0.1, **UNITS), model=bare_net, data=images, plain=bare_net
+    ),
+    "Orthogonality": Case(make=lambda: Orthogonality(strength=0.1)),
+    "Orthogonality-srip": Case(
+        make=lambda: Orthogonality(strength=1.0, measure="srip"), model=bare_net, data=images, plain=bare_net
+    ),
+    "L0Pruning": Case(make=lambda: L0Pruning(sparsity=0.6, lr=0.3, skip=("classifier",)), extra_state=GATES),
+    "L0Pruning-captured": Case(
+        make=lambda: L0Pruning(strength=0.01, lr=0.5, seed=2),
+        model=captured_net,
+        data=images,
+        extra_state=GATES,
+    ),
+    "L0ChannelPruning": Case(
+        make=lambda: L0ChannelPruning(sparsity=0.5, of="units", lr=0.3, **UNITS),
+        model=bare_net,
+        data=images,
+        extra_state=GATES,
+        stays_ours=SMALLER,
+    ),
+    "L0ChannelPruning-captured": Case(
+        make=lambda: L0ChannelPruning(sparsity=0.4, of="macs", lr=0.3),
+        model=captured_net,
+        data=images,
+        extra_state=GATES,
+        stays_ours=SMALLER,
+    ),
+    "InformationBottleneck": Case(
+        make=lambda: InformationBottleneck(strength=0.1, threshold=-6.0, lr=0.4, **UNITS),
+        # samples have noise of their own, on each rank another
+        settled=lambda: InformationBottleneck(strength=0.1, threshold=-6.0, lr=0.4, noise="step", **UNITS),
+        model=bare_net,
+        data=images,
+        extra_state=GATES,
+        stays_ours=SMALLER,
+    ),
+    "InformationBottleneck-captured": Case(
+        make=lambda: InformationBottleneck(strength=0.1, threshold=-6.0, lr=0.4, noise="step"),
+        model=captured_net,
+        data=images,
+        extra_state=GATES,
+        stays_ours=SMALLER,
     ),
 }
 

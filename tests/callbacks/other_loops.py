@@ -10,6 +10,7 @@ import lightning
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -40,6 +41,8 @@ def train_accelerate(
     **options: Any,
 ) -> None:
     """Accelerate's loop: attached before `prepare`; saves its state after `save` steps, or goes on from there."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer that ran before in this process
+    GradientState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     with attach(model, optimizer, callbacks, total_steps=steps) as session:

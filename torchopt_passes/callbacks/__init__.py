@@ -15,11 +15,19 @@ from torchopt_passes.callbacks.distillation import Distillation
 from torchopt_passes.callbacks.gradual_bits import GradualBits
 from torchopt_passes.callbacks.gradual_channel_pruning import GradualChannelPruning
 from torchopt_passes.callbacks.gradual_pruning import GradualPruning
+from torchopt_passes.callbacks.group_lasso import GroupLasso
+from torchopt_passes.callbacks.group_variance import GroupVariance
+from torchopt_passes.callbacks.information_bottleneck import InformationBottleneck
 from torchopt_passes.callbacks.items import num_items_in_batch
 from torchopt_passes.callbacks.keep_zeros import KeepZeros
+from torchopt_passes.callbacks.l0_channel_pruning import L0ChannelPruning
+from torchopt_passes.callbacks.l0_pruning import L0Pruning
+from torchopt_passes.callbacks.l1_penalty import L1Penalty
+from torchopt_passes.callbacks.l2_penalty import L2Penalty
 from torchopt_passes.callbacks.lifecycle import Epochs, LossTerm, Progress
 from torchopt_passes.callbacks.lightning import lightning_callback
 from torchopt_passes.callbacks.lottery_ticket import LotteryTicket
+from torchopt_passes.callbacks.orthogonality import Orthogonality
 from torchopt_passes.callbacks.quantization_noise import QuantizationNoise
 from torchopt_passes.callbacks.quantization_schedule import QuantizationSchedule
 from torchopt_passes.callbacks.rigl import RigL
@@ -49,11 +57,19 @@ __all__ = [
     "GradualBits",
     "GradualChannelPruning",
     "GradualPruning",
+    "GroupLasso",
+    "GroupVariance",
     "Hint",
+    "InformationBottleneck",
     "InitialWeights",
     "KeepZeros",
+    "L0ChannelPruning",
+    "L0Pruning",
+    "L1Penalty",
+    "L2Penalty",
     "LossTerm",
     "LotteryTicket",
+    "Orthogonality",
     "Progress",
     "QuantizationNoise",
     "QuantizationSchedule",

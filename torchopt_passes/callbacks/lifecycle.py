@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -120,6 +121,7 @@ class Lifecycle:
     install     before the optimizer is made and before a checkpoint is loaded: add buffers, bring parameters, check
     begin       training begins, or goes on after a resume
     take_inputs before each forward of the student
+    stand_ins   before each forward of the student: tensors in the place of parameters
     loss_term   in each training-mode forward of the student
     before_step before each optimizer step, when the gradients are final
     after_step  after each completed optimizer step
@@ -162,6 +164,20 @@ class Lifecycle:
     def take_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword inputs that reach the model in this forward, in training or evaluation mode."""
         return kwargs
+
+    def stand_ins(self, training: bool) -> Mapping[str, torch.Tensor]:
+        """Return tensors that the coming forward computes with in the place of parameters.
+
+        They may be made of the parameters and of others, such as gates: gradients flow to both. In training they stay
+        until the step, for gradient checkpointing, which runs parts of the model again in the backward pass.
+
+        Args:
+            training: the mode of the student.
+
+        Returns:
+            fqn (the first one of a tied parameter) -> tensor of its shape. `Student.claim` it first: nobody else may.
+        """
+        return {}
 
     def loss_term(self, call: StudentCall) -> LossTerm | None:
         """Return what to add to the loss of this forward."""

@@ -18,6 +18,7 @@ from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
 from torchopt_passes.callbacks.optimizer_steps import before_each_step
 from torchopt_passes.callbacks.outputs import accepts, argument, loss_of, with_loss
 from torchopt_passes.callbacks.owned import OWNED, drop_parameters, take_parameters
+from torchopt_passes.callbacks.stand_ins import StandIns
 from torchopt_passes.errors import CallbackError
 from torchopt_passes.ranks import refuse_differences
 
@@ -77,6 +78,7 @@ class Student:
         self._at_end: list[Callable[[], None]] = []
         self._owned: dict[str, _Owned] = {}
         self._reducer: weakref.ref[nn.Module] | None = None
+        self._stand_ins = StandIns()
         self._items: torch.Tensor | int | None = None
         self._progress: Callable[[], Progress] | None = None
         self._step_handle: RemovableHandle | None = None
@@ -232,6 +234,10 @@ class Student:
             )
         self._step_handle = before_each_step(optimizer, self._before_step)
 
+    def lift(self) -> None:
+        """Take away what stands in for parameters since the last forward; see `Lifecycle.stand_ins`."""
+        self._stand_ins.lift()
+
     def tell_changed(self, progress: Progress) -> None:
         """Tell all callbacks that one of them has changed the structure of the model."""
         for callback in self._callbacks:
@@ -252,6 +258,7 @@ class Student:
     def aside(self) -> Generator[None]:
         """Run a block in which the model is itself: its hooks do nothing (while it is captured, or proven)."""
         callbacks, self._callbacks = self._callbacks, []
+        self._stand_ins.lift()
         try:
             yield
         finally:
@@ -281,12 +288,15 @@ class Student:
     def _hook(self) -> None:
         before = self.model.register_forward_pre_hook(self._take_items, with_kwargs=True)
         after = self.model.register_forward_hook(self._add_terms, with_kwargs=True)
-        self._handles = [before, after]
+        lay = self.model.register_forward_pre_hook(self._lay)
+        lift = self.model.register_forward_hook(self._lift, always_call=True)
+        self._handles = [before, after, lay, lift]
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._stand_ins.forget()
         self._unfollow()
         while self._at_end:
             self._at_end.pop()()
@@ -325,6 +335,17 @@ class Student:
             items = rest.pop("num_items_in_batch")
             self._items = items if module.training else None
         return None if rest is kwargs else (args, rest)
+
+    def _lay(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for callback in self._callbacks:
+            tensors |= callback.stand_ins(module.training)
+        self._stand_ins.lay(module, tensors)
+
+    def _lift(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Let the parameters be themselves again, unless a backward pass may run parts of the model again."""
+        if output is None or not module.training or not torch.is_grad_enabled():
+            self._stand_ins.lift()
 
     def _add_terms(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not module.training or not self._callbacks:

@@ -66,7 +66,7 @@ class Target:
     @property
     def weight(self) -> torch.Tensor:
         """The parameter as it is now."""
-        return getattr(self.owner, self.name)
+        return self.owner._parameters[self.name]  # pyright: ignore[reportReturnType] (an attribute may lie over it)
 
     @property
     def mask_name(self) -> str:

@@ -97,6 +97,33 @@ class CostModel:
         kept = [size - int(removed[factors].any(1).sum()) for size, factors in self._factors]
         return sum(math.prod([constant, *(kept[number] for number in used)]) for constant, used in self._terms)
 
+    def expected(self, open_: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the cost with the size of each axis at its expected value, for units that stay with a probability.
+
+        Args:
+            open_: group name -> probability that each unit stays, (units,); units of other groups stay.
+
+        Returns:
+            Scalar, float64 on the CPU; gradients reach the probabilities.
+
+        Math:
+            sum over products of constant * prod over axes of E[size], an index staying when all of its units do, by
+            themselves. It is the expected cost where no product runs over one group twice.
+
+        Source:
+            Xia et al. 2022, "Structured Pruning Learns Compact and Accurate Models", section 3.1.
+        """
+        stays = torch.ones(len(self._grouping.axes.labels), dtype=torch.float64)
+        for name, probability in open_.items():
+            atoms = torch.from_numpy(self._grouping.atoms[name])
+            stays = stays.index_copy(0, atoms, probability.to("cpu", torch.float64))
+        sizes = [stays[torch.from_numpy(factors)].prod(1).sum() for _, factors in self._factors]
+        terms = [
+            math.prod([sizes[number] for number in used], start=stays.new_tensor(constant))
+            for constant, used in self._terms
+        ]
+        return torch.stack(terms).sum()
+
 
 def _parameter_terms(axes: Axes) -> list[tuple[int, tuple[Ids, ...]]]:
     parameters = dict(axes.graph_module.named_parameters())
