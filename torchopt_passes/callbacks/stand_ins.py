@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from torchopt_passes.callbacks.lifecycle import Lifecycle
 from torchopt_passes.graph.tensors import aliases, find_owner
 
 __all__ = ["StandIns"]
@@ -23,9 +26,26 @@ class StandIns:
     """
 
     def __init__(self) -> None:
+        self._callbacks: Callable[[], Iterable[Lifecycle]] | None = None
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._laid: list[tuple[nn.Module, str]] = []
         self._flat: list[tuple[nn.RNNBase, list[torch.Tensor | None]]] = []
+
+    def hook(self, model: nn.Module, callbacks: Callable[[], Iterable[Lifecycle]]) -> list[RemovableHandle]:
+        """Lay what the callbacks give over the parameters before each forward of a model, and lift it after.
+
+        Args:
+            model: the student.
+            callbacks: returns those that are at work now.
+
+        Returns:
+            What ends it.
+        """
+        self._callbacks = callbacks
+        return [
+            model.register_forward_pre_hook(self._before),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
 
     def lay(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Lay tensors over parameters; what lay there before goes.
@@ -60,3 +80,22 @@ class StandIns:
         """Take all of them away, and hold no part of the model any more."""
         self.lift()
         self._places = {}
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for callback in self._callbacks() if self._callbacks is not None else ():
+            tensors |= callback.stand_ins(module.training)
+        self.lay(module, tensors)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # a backward pass may run parts of the model again: what it was computed with stays until the step
+        if output is None or not module.training or not torch.is_grad_enabled():
+            self.lift()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StandIns:
+        """A copy of the model is a model of its own: nothing stands in for its parameters."""
+        return StandIns()
+
+    def __reduce__(self) -> tuple[type[StandIns], tuple[()]]:
+        """Pickle as the copy."""
+        return StandIns, ()

@@ -288,9 +288,7 @@ class Student:
     def _hook(self) -> None:
         before = self.model.register_forward_pre_hook(self._take_items, with_kwargs=True)
         after = self.model.register_forward_hook(self._add_terms, with_kwargs=True)
-        lay = self.model.register_forward_pre_hook(self._lay)
-        lift = self.model.register_forward_hook(self._lift, always_call=True)
-        self._handles = [before, after, lay, lift]
+        self._handles = [before, after, *self._stand_ins.hook(self.model, lambda: self._callbacks)]
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -335,17 +333,6 @@ class Student:
             items = rest.pop("num_items_in_batch")
             self._items = items if module.training else None
         return None if rest is kwargs else (args, rest)
-
-    def _lay(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        tensors: dict[str, torch.Tensor] = {}
-        for callback in self._callbacks:
-            tensors |= callback.stand_ins(module.training)
-        self._stand_ins.lay(module, tensors)
-
-    def _lift(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Let the parameters be themselves again, unless a backward pass may run parts of the model again."""
-        if output is None or not module.training or not torch.is_grad_enabled():
-            self._stand_ins.lift()
 
     def _add_terms(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not module.training or not self._callbacks:
