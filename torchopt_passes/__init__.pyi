@@ -56,6 +56,9 @@ from .deploy import open_artifact as open_artifact
 from .deploy import read_compact as read_compact
 from .deploy import save_compact as save_compact
 from .deploy import targets as targets
+from .deploy import SparseLayer as SparseLayer
+from .deploy import SparseReport as SparseReport
+from .deploy import use_sparse_kernels as use_sparse_kernels
 from .errors import CallbackError as CallbackError
 from .errors import CaptureError as CaptureError
 from .errors import ConfigError as ConfigError

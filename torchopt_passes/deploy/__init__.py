@@ -18,6 +18,7 @@ from torchopt_passes.deploy.inductor import InductorTarget
 from torchopt_passes.deploy.onnx import OnnxTarget
 from torchopt_passes.deploy.openvino import OpenVinoTarget
 from torchopt_passes.deploy.size import compressed_size
+from torchopt_passes.deploy.sparse import SparseLayer, SparseReport, use_sparse_kernels
 from torchopt_passes.deploy.tensorrt import TensorRtTarget
 from torchopt_passes.deploy.verify import Verification
 
@@ -29,6 +30,8 @@ __all__ = [
     "InductorTarget",
     "OnnxTarget",
     "OpenVinoTarget",
+    "SparseLayer",
+    "SparseReport",
     "Target",
     "TensorRtTarget",
     "Timing",
@@ -42,4 +45,5 @@ __all__ = [
     "read_compact",
     "save_compact",
     "targets",
+    "use_sparse_kernels",
 ]
