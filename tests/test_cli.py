@@ -52,7 +52,7 @@ def test_version() -> None:
 
 def test_help_names_the_commands() -> None:
     text = run("--help")
-    for name in ("demo", "passes", "plan", "report", "targets", "apply"):
+    for name in ("demo", "passes", "plan", "report", "targets", "apply", "bench"):
         assert name in text
 
 

@@ -49,8 +49,10 @@ from .deploy import Artifact as Artifact
 from .deploy import CompactReport as CompactReport
 from .deploy import CompactTensor as CompactTensor
 from .deploy import benchmark as benchmark
+from .deploy import benchmark_files as benchmark_files
 from .deploy import compact_report as compact_report
 from .deploy import export as export
+from .deploy import footprint as footprint
 from .deploy import load_compact as load_compact
 from .deploy import open_artifact as open_artifact
 from .deploy import read_compact as read_compact

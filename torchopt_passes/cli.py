@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from torchopt_passes.errors import ExportError, PlanError, TorchOptError
-from torchopt_passes.show.tables import Table, plan_table
+from torchopt_passes.show.tables import Column, Table, plan_table
 
 __all__ = ["app", "main"]
 
@@ -141,6 +141,43 @@ def report(
     facts = Artifact(path, target.read_metadata(path), refuse).report()
     rows = [(name, value if isinstance(value, int | float) else str(value)) for name, value in facts.items()]
     _show(Table(["fact", "value"], [(name, value) for name, value in rows if value != ""]), format)
+
+
+@app.command()
+def bench(
+    paths: Annotated[list[Path], typer.Argument(help="Exported artefacts of one model; ratios are against the first.")],
+    batch: Annotated[list[int], typer.Option(help="Size of the batch; several times for several.")] = [1, 8],  # noqa: B006
+    runs: Annotated[int, typer.Option(help="Timed calls of each.")] = 50,
+    warmup: Annotated[int, typer.Option(help="Calls of each before that.")] = 5,
+    threads: Annotated[int, typer.Option(help="Of torch and the runtimes, each on a CPU of its own.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="A .png of time against size, for the first batch size.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .json file for all figures.")] = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Time artefacts side by side, in turn: medians and ratios with quartiles, load time, peak memory, size."""
+    from torchopt_passes.deploy import benchmark_files
+
+    result = benchmark_files(paths, batches=batch, runs=runs, warmup=warmup, threads=threads)
+    columns: list[Column | str] = ["file", "target", "precision", "batch", Column("median", "ms", ".3f"), "quartiles"]
+    columns += [Column("ratio", "", ".2f"), "ratio's quartiles", Column("size", "MB", ".2f")]
+    columns += [Column("load", "ms", ".1f"), Column("first call", "ms", ".1f"), Column("peak", "MB", ".1f")]
+    rows = [
+        (
+            *(t.name, t.target, t.precision, t.batch, 1e3 * t.median, f"{1e3 * t.low:.3f}-{1e3 * t.high:.3f}"),
+            *(t.speedup, f"{t.speedup_low:.2f}-{t.speedup_high:.2f}", t.size / 1e6),
+            *(1e3 * t.load, 1e3 * t.first_call, None if t.memory is None else t.memory / 1e6),
+        )
+        for t in result.timings
+    ]
+    _show(Table(columns, rows), format)
+    if out is not None:
+        facts = {"threads": result.threads, "cpus": result.cpus, "runs": result.runs, "warmup": result.warmup}
+        out.write_text(json.dumps({**facts, "rows": result.rows()}, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        from torchopt_passes.show.plots import scatter
+
+        points = [(t.name, t.size / 1e6, 1e3 * t.median) for t in result.timings if t.batch == batch[0]]
+        scatter(points, plot, y=f"time of a call, batch {batch[0]} [ms]")
 
 
 @app.command()

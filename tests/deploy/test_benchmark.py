@@ -35,6 +35,7 @@ def test_medians_quartiles_and_ratios_by_hand(monkeypatch: pytest.MonkeyPatch) -
     a, b = result.timings
     assert (a.low, a.median, a.high) == (3.5, 5.0, 6.5)
     assert (b.median, b.speedup, a.speedup) == (1.0, 5.0, 1.0)
+    assert (a.speedup_low, a.speedup_high, b.speedup_low, b.speedup_high) == (1.0, 1.0, 3.5, 6.5)
     assert result["b"] is b
     assert result.rows()[0]["threads"] == torch.get_num_threads() == 1
     assert "5.00x" in str(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchopt_passes.deploy.artifact import Artifact, open_artifact
 from torchopt_passes.deploy.base import Target, targets
+from torchopt_passes.deploy.bench import FileBenchmark, FileTiming, benchmark_files
 from torchopt_passes.deploy.benchmark import Benchmark, Timing, benchmark
 from torchopt_passes.deploy.compact import (
     CompactReport,
@@ -14,6 +15,7 @@ from torchopt_passes.deploy.compact import (
     save_compact,
 )
 from torchopt_passes.deploy.export import export
+from torchopt_passes.deploy.footprint import Footprint, footprint
 from torchopt_passes.deploy.inductor import InductorTarget
 from torchopt_passes.deploy.onnx import OnnxTarget
 from torchopt_passes.deploy.openvino import OpenVinoTarget
@@ -27,6 +29,9 @@ __all__ = [
     "Benchmark",
     "CompactReport",
     "CompactTensor",
+    "FileBenchmark",
+    "FileTiming",
+    "Footprint",
     "InductorTarget",
     "OnnxTarget",
     "OpenVinoTarget",
@@ -37,9 +42,11 @@ __all__ = [
     "Timing",
     "Verification",
     "benchmark",
+    "benchmark_files",
     "compact_report",
     "compressed_size",
     "export",
+    "footprint",
     "load_compact",
     "open_artifact",
     "read_compact",

@@ -13,7 +13,7 @@ from torch import nn
 from torchopt_passes.deploy.base import Runner, find_target, target_types
 from torchopt_passes.deploy.benchmark import Benchmark, benchmark
 from torchopt_passes.deploy.calls import named_inputs, run_source
-from torchopt_passes.deploy.metadata import Metadata, TensorSpec, problems
+from torchopt_passes.deploy.metadata import Metadata, problems
 from torchopt_passes.deploy.size import compressed_size
 from torchopt_passes.deploy.verify import Verification, compare
 from torchopt_passes.errors import ConfigError, ExportError, VerificationError
@@ -97,7 +97,7 @@ class Artifact:
             runs: timed calls.
             warmup: calls before that.
         """
-        given = tuple(map(_made_up, self.metadata.inputs)) if inputs is None else inputs
+        given = tuple(self.metadata.made_up()) if inputs is None else inputs
         return benchmark({self.path.name: self}, given, runs=runs, warmup=warmup)
 
     def verify(self, module: nn.Module, inputs: Any, *, tolerance: float | None = None) -> Verification:
@@ -188,14 +188,3 @@ def verified(metadata: Metadata, result: Verification) -> Metadata:
     """Return the metadata with the figures of a verification."""
     figures = {name: value for name, value in vars(result).items() if value == value and abs(value) != float("inf")}
     return replace(metadata, verification=figures)
-
-
-def _made_up(spec: TensorSpec) -> torch.Tensor:
-    sizes = [
-        size if isinstance(size, int) else (1 if size == "batch" else example)
-        for size, example in zip(spec.shape, spec.example, strict=True)
-    ]
-    dtype = cast("torch.dtype", getattr(torch, spec.dtype))
-    if not dtype.is_floating_point:
-        return torch.ones(sizes, dtype=dtype)
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(dtype)

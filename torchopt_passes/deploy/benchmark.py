@@ -30,6 +30,8 @@ class Timing:
         low: first quartile, seconds.
         high: third quartile, seconds.
         speedup: median of the first callable / median of this one.
+        speedup_low: first quartile of the ratio in each turn: how sure the speed-up is.
+        speedup_high: third quartile of it.
         runs: calls that were timed.
     """
 
@@ -38,6 +40,8 @@ class Timing:
     low: float
     high: float
     speedup: float
+    speedup_low: float
+    speedup_high: float
     runs: int
 
 
@@ -108,7 +112,7 @@ def benchmark(
                 elapsed = _time(candidates[name], args, kwargs, cuda=cuda)
                 if turn >= warmup:
                     seconds[name].append(elapsed)
-    first = statistics.median(seconds[names[0]])
+    first = seconds[names[0]]
     return Benchmark(
         timings=tuple(_timing(name, seconds[name], first) for name in names),
         threads=torch.get_num_threads(),
@@ -126,6 +130,20 @@ def _time(candidate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return time.perf_counter() - started
 
 
-def _timing(name: str, seconds: list[float], first: float) -> Timing:
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    return Timing(name=name, median=median, low=low, high=high, speedup=first / median, runs=len(seconds))
+def _timing(name: str, seconds: list[float], first: list[float]) -> Timing:
+    low, median, high = _quartiles(seconds)
+    ratios = [theirs / max(ours, 1e-12) for theirs, ours in zip(first, seconds, strict=True)]
+    return Timing(
+        name=name,
+        median=median,
+        low=low,
+        high=high,
+        speedup=statistics.median(first) / max(median, 1e-12),
+        speedup_low=_quartiles(ratios)[0],
+        speedup_high=_quartiles(ratios)[2],
+        runs=len(seconds),
+    )
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3

@@ -28,7 +28,7 @@ Compression = Literal["none", "zlib", "zstd"]
 """How byte runs are compressed; one that does not shrink is kept as it is."""
 
 _KEY, _SUM, _FORMAT = "torchopt_passes.compact", "sha256", 1
-_ZLIB_LEVEL, _ZSTD_LEVEL = 6, 19
+_ZLIB_LEVEL, _ZSTD_LEVEL = 6, 12
 
 
 def write_tensors(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -109,6 +109,26 @@ class Metadata:
     versions: dict[str, str] = field(default_factory=dict[str, str])
     plan: str = ""
     note: str = ""
+
+    def made_up(self, batch: int = 1) -> list[torch.Tensor]:
+        """Return inputs to time it with: normal floats, ones for integers, the example's sizes but for an open batch.
+
+        Args:
+            batch: size of the batch.
+
+        Raises:
+            ConfigError: its batch is fixed at another size.
+        """
+        generator = torch.Generator().manual_seed(0)
+        found: list[torch.Tensor] = []
+        for spec in self.inputs:
+            if spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] != batch:
+                raise ConfigError(f"{spec} has a fixed batch: it cannot run {batch}")
+            sizes = [batch if size == "batch" else known for size, known in zip(spec.shape, spec.example, strict=True)]
+            dtype = cast("torch.dtype", getattr(torch, spec.dtype))
+            made = torch.randn(sizes, generator=generator) if dtype.is_floating_point else torch.ones(sizes)
+            found.append(made.to(dtype))
+        return found
 
     def to_json(self) -> str:
         """Return the metadata as JSON."""
