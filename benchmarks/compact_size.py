@@ -1,8 +1,9 @@
 """Sizes of a pruned and clustered ResNet-18 on disk: plain, zipped, by zstd, and as a compact file.
 
 Run ``python -m benchmarks.compact_size`` from the repository (the ``zstd`` extra for that column): it writes
-``benchmarks/records/compact_size.json`` and prints the table of docs/deployment.md. The weights are those of the
-initialization: their mantissas are as random as trained ones, and magnitudes are pruned alike.
+``benchmarks/records/compact_size.json`` row by row, goes on where it stopped, and prints the table of
+docs/deployment.md. The weights are those of the initialization: their mantissas are as random as trained ones, and
+magnitudes are pruned alike.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import torchopt_passes as top
 from torchopt_passes.functional import masks
+from torchopt_passes.functional.patterns import n_m_mask
 
 RECORD = Path(__file__).parent / "records" / "compact_size.json"
 Mask = Callable[[torch.Tensor], torch.Tensor]
@@ -43,7 +45,7 @@ def masked(model: nn.Module, mask: Mask) -> nn.Module:
 
 
 def two_of_four(weight: torch.Tensor) -> torch.Tensor:
-    return masks.n_m_mask(weight, 2, 4) if weight.shape[1] % 4 == 0 else torch.ones_like(weight, dtype=torch.bool)
+    return n_m_mask(weight, 2, 4) if weight.shape[1] % 4 == 0 else torch.ones_like(weight, dtype=torch.bool)
 
 
 def variants() -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
@@ -70,7 +72,7 @@ def variants() -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, torch.T
 def row(name: str, dense: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], folder: Path) -> dict[str, object]:
     plain = folder / "model.safetensors"
     save_file({key: value.contiguous().clone() for key, value in dense.items()}, plain)
-    with zipfile.ZipFile(folder / "model.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with zipfile.ZipFile(folder / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(plain)
     found: dict[str, object] = {
         "model": name,
@@ -81,7 +83,7 @@ def row(name: str, dense: dict[str, torch.Tensor], saved: dict[str, torch.Tensor
     try:
         import zstandard
 
-        found["zstd"] = len(zstandard.ZstdCompressor(level=19).compress(plain.read_bytes()))
+        found["zstd"] = len(zstandard.ZstdCompressor(level=12).compress(plain.read_bytes()))
         kinds.append("zstd")
     except ImportError:
         pass
@@ -107,8 +109,10 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
     for name, dense, saved in variants():
+        if name in [found["model"] for found in rows]:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row(name, dense, saved, Path(folder)))
         print(rows[-1], flush=True)

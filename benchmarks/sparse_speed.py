@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from torchopt_passes.deploy.block_sparse import BlockSparseLinear
-from torchopt_passes.functional.masks import block_mask
+from torchopt_passes.functional.patterns import block_mask
 
 RECORD = Path(__file__).parent / "records" / "sparse_speed.json"
 LAYERS = {"attention 768 -> 768": (768, 768), "up 768 -> 3072": (768, 3072), "down 3072 -> 768": (3072, 768)}

@@ -11,9 +11,10 @@ from torch import nn
 
 import torchopt_passes as top
 from torchopt_passes.deploy import sparse
-from torchopt_passes.deploy.block_sparse import BlockSparseLinear, block_sparsity
+from torchopt_passes.deploy.block_sparse import BlockSparseLinear, BsrLinear, block_sparsity
 from torchopt_passes.errors import ConfigError, VerificationError
-from torchopt_passes.functional.masks import block_mask, magnitude_mask, n_m_mask
+from torchopt_passes.functional.masks import magnitude_mask
+from torchopt_passes.functional.patterns import block_mask, n_m_mask
 
 
 class Net(nn.Module):
@@ -41,7 +42,7 @@ class Net(nn.Module):
 @pytest.fixture
 def fixed_times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Let the clock say how long each candidate takes: no test here depends on the machine."""
-    seconds = {"dense": 4.0, "block 64x64": 2.0, "block 32x32": 3.0}
+    seconds = {"dense": 4.0, "block 64x64": 2.0, "block 32x32": 3.0, "bsr 64x64": 2.5, "bsr 32x32": 5.0}
     real = sparse.benchmark
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
@@ -86,6 +87,24 @@ def test_block_sparse_linear_computes_the_linear(block: tuple[int, int], share: 
         BlockSparseLinear.of(linear, (100, 8))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bsr_linear_computes_the_linear(share: float, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 64, bias=bias)
+    with torch.no_grad():
+        linear.weight.masked_fill_(~block_mask(linear.weight, (16, 16), share), 0)
+    layer = BsrLinear.of(linear, 16)
+    assert layer.values.shape == (24 - int(24 * share + 0.5), 16, 16)
+    with torch.no_grad():
+        for shape in ((96,), (1, 96), (3, 5, 96)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(layer(x), linear(x), rtol=1e-4, atol=1e-5)
+        again = BsrLinear.of(linear, 16)
+        again.load_state_dict(layer.state_dict())
+        assert torch.equal(again(x), layer(x))
+
+
 def test_the_fastest_kernel_is_used_and_the_rest_has_a_reason(fixed_times: dict[str, float]) -> None:
     model, x = Net(), torch.randn(5, 64)
     expected = model(x)
@@ -104,12 +123,21 @@ def test_the_fastest_kernel_is_used_and_the_rest_has_a_reason(fixed_times: dict[
 
 
 def test_what_is_not_faster_stays_dense_with_the_measured_ratio(fixed_times: dict[str, float]) -> None:
-    fixed_times.update({"block 64x64": 5.0, "block 32x32": 8.0})
+    fixed_times.update({"block 64x64": 5.0, "block 32x32": 8.0, "bsr 64x64": 6.0})
     model = Net()
     layer = next(layer for layer in top.use_sparse_kernels(model, torch.randn(5, 64)).layers if layer.name == "blocks")
     assert (layer.kernel, layer.speedup) == ("dense", 0.8)
     assert layer.reason == "block 64x64 is not 1.1 times as fast here"
     assert type(model.blocks) is nn.Linear
+
+
+def test_torchs_own_format_is_used_where_it_is_the_fastest(fixed_times: dict[str, float]) -> None:
+    fixed_times["bsr 64x64"] = 1.0
+    model, x = Net(), torch.randn(3, 64)
+    expected = model(x)
+    layer = next(layer for layer in top.use_sparse_kernels(model, x).layers if layer.name == "blocks")
+    assert (layer.kernel, layer.speedup) == ("bsr 64x64", 4.0) and isinstance(model.blocks, BsrLinear)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_shared_module_is_replaced_everywhere_and_a_tied_weight_is_left(fixed_times: dict[str, float]) -> None:

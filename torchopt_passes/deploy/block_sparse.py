@@ -1,7 +1,8 @@
-"""BlockSparseLinear: a linear layer that multiplies only the blocks of its weight that are not zero, on any device."""
+"""Linear layers that multiply only the blocks of their weight that are not zero: dense products, or torch's BSR."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Self
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from torchopt_passes.errors import ConfigError
 
-__all__ = ["BlockSparseLinear", "block_sparsity"]
+__all__ = ["BlockSparseLinear", "BsrLinear", "block_sparsity"]
 
 
 class BlockSparseLinear(nn.Module):
@@ -100,6 +101,78 @@ class BlockSparseLinear(nn.Module):
         """Describe it."""
         share = 1 - sum(self.kept) * self.block[0] * self.block[1] / max(self.in_features * self.out_features, 1)
         return f"in={self.in_features}, out={self.out_features}, block={self.block}, zero blocks={share:.0%}"
+
+
+class BsrLinear(nn.Module):
+    """A linear layer whose weight is kept in torch's block-sparse-row format, multiplied by MKL: for CPUs, inference.
+
+    Args:
+        values: the non-zero blocks, (kept, B, B).
+        columns: the block column of each, int64.
+        starts: where each row of blocks starts among them, int64 (rows of blocks + 1,).
+        shape: of the weight.
+        bias: (out,), or None.
+
+    Example:
+        >>> linear = nn.Linear(4, 4)
+        >>> _ = linear.weight.data[:, 2:].zero_()
+        >>> layer = BsrLinear.of(linear, 2)
+        >>> x = torch.ones(3, 4)
+        >>> len(layer.values), torch.allclose(layer(x), linear(x))
+        (2, True)
+    """
+
+    columns: torch.Tensor
+    starts: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(
+        self,
+        values: torch.Tensor,
+        columns: torch.Tensor,
+        starts: torch.Tensor,
+        *,
+        shape: tuple[int, int],
+        bias: torch.Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values, requires_grad=False)
+        self.register_buffer("columns", columns)
+        self.register_buffer("starts", starts)
+        self.register_buffer("bias", values.new_zeros(shape[0]) if bias is None else bias)
+        self.shape = shape
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, linear: nn.Linear, block: int) -> Self:
+        """Return the layer that computes what a linear computes.
+
+        Args:
+            linear: with zeros in blocks.
+            block: rows and columns of a block, which divides the weight; MKL takes square ones alone.
+
+        Raises:
+            ConfigError: the blocks do not tile the weight.
+        """
+        tiles = _tiles(linear.weight.detach(), (block, block)).transpose(1, 2)
+        found = (tiles != 0).any(dim=3).any(dim=2)
+        bias = linear._parameters["bias"]
+        return cls(
+            tiles[found].contiguous(),
+            found.nonzero()[:, 1].contiguous(),
+            torch.cat([found.new_zeros(1, dtype=torch.int64), found.sum(1).cumsum(0)]),
+            shape=(linear.out_features, linear.in_features),
+            bias=None if bias is None else bias.detach().clone(),
+        ).train(linear.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return (..., out) of (..., in)."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta", category=UserWarning)
+            weight = torch.sparse_bsr_tensor(self.starts, self.columns, self.values, self.shape, check_invariants=False)
+        flat = input.reshape(-1, self.shape[1])
+        output = torch.addmm(self.bias[:, None].expand(-1, len(flat)), weight, flat.t()).t()
+        return output.reshape(*input.shape[:-1], self.shape[0])
 
 
 def block_sparsity(weight: torch.Tensor, block: tuple[int, int]) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchopt_passes.deploy.benchmark import benchmark
-from torchopt_passes.deploy.block_sparse import BlockSparseLinear, block_sparsity
+from torchopt_passes.deploy.block_sparse import BlockSparseLinear, BsrLinear, block_sparsity
 from torchopt_passes.deploy.calls import eval_mode, run_source
 from torchopt_passes.errors import ConfigError, VerificationError
 from torchopt_passes.functional.masks import sparsity_of
@@ -30,7 +30,7 @@ class SparseLayer:
     Args:
         name: of the module.
         sparsity: share of zeros of its weight.
-        kernel: what runs now: ``"dense"``, ``"2:4"`` or ``"block RxC"``.
+        kernel: what runs now: ``"dense"``, ``"2:4"``, ``"block RxC"`` or ``"bsr BxB"``.
         speedup: time of the dense layer / time of the fastest sparse one, measured on the example inputs; 0 where
             nothing was measured.
         reason: why.
@@ -88,10 +88,11 @@ def use_sparse_kernels(
 ) -> SparseReport:
     """Make the linears of a pruned model run sparse where that is faster, in place, for inference.
 
-    Every ``nn.Linear`` whose zeros have a pattern is timed, on what it gets in one call of the model, against a sparse
-    twin: 2:4 in ``torch.sparse``'s semi-structured format, on CUDA devices with sparse tensor cores in 16 bits; zero
-    blocks in `BlockSparseLinear`, everywhere. The faster one stays. Single zeros without a pattern bring no speed on
-    any hardware that torch has kernels for; they make the file small (`save_compact`).
+    Every ``nn.Linear`` whose zeros have a pattern is timed, on what it gets in one call of the model, against sparse
+    twins: 2:4 in ``torch.sparse``'s semi-structured format, on CUDA devices with sparse tensor cores in 16 bits; zero
+    blocks in `BlockSparseLinear`, everywhere, and in torch's BSR format, on CPUs in float32. The fastest one stays.
+    Single zeros without a pattern bring no speed on any hardware that torch has kernels for; they make the file small
+    (`save_compact`).
 
     Args:
         model: your module, pruned (``PruneWeights(pattern="2:4")``, ``PruneWeights(pattern="block 64x64")``).
@@ -203,6 +204,8 @@ def _block_twins(linear: Any, blocks: tuple[tuple[int, int], ...]) -> Iterator[t
         fits = linear.out_features % rows == 0 and linear.in_features % columns == 0
         if fits and block_sparsity(linear.weight, (rows, columns)) >= _LEAST:
             yield f"block {rows}x{columns}", BlockSparseLinear.of(linear, (rows, columns))
+            if rows == columns and linear.weight.device.type == "cpu" and linear.weight.dtype is torch.float32:
+                yield f"bsr {rows}x{columns}", BsrLinear.of(linear, rows)
 
 
 def _is_two_of_four(weight: torch.Tensor) -> bool:
