@@ -17,6 +17,7 @@ from torchopt_passes.deploy.compact import (
 from torchopt_passes.deploy.export import export
 from torchopt_passes.deploy.footprint import Footprint, footprint
 from torchopt_passes.deploy.inductor import InductorTarget
+from torchopt_passes.deploy.litert import LiteRtTarget
 from torchopt_passes.deploy.onnx import OnnxTarget
 from torchopt_passes.deploy.openvino import OpenVinoTarget
 from torchopt_passes.deploy.size import compressed_size
@@ -33,6 +34,7 @@ __all__ = [
     "FileTiming",
     "Footprint",
     "InductorTarget",
+    "LiteRtTarget",
     "OnnxTarget",
     "OpenVinoTarget",
     "SparseLayer",

@@ -19,7 +19,7 @@ from torchopt_passes.graph.record import Record
 
 __all__ = ["Runner", "Target", "find_target", "make_target", "target_types", "targets"]
 
-_MODULES = ("inductor", "onnx", "openvino", "tensorrt")
+_MODULES = ("inductor", "litert", "onnx", "openvino", "tensorrt")
 _TARGETS: dict[str, type[Target]] = {}
 
 
@@ -40,6 +40,7 @@ class Target(Record):
         packages: import names it needs beyond torch.
         extra: the extra of torchopt_passes that installs them.
         supports: one line on what it takes.
+        may_fix_sizes: whether ``dynamic="auto"`` fixes every size when the runtime cannot leave some open.
     """
 
     name: ClassVar[str] = ""
@@ -47,6 +48,7 @@ class Target(Record):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     supports: ClassVar[str] = ""
+    may_fix_sizes: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,6 +58,10 @@ class Target(Record):
         """Rewrite the inference graph, ours alone, as this target needs it; return facts for the report."""
         del graph_module
         return {}
+
+    def file_precision(self, program: Program) -> str:
+        """Return the precision of the file, which picks the measure and the tolerance of the verification."""
+        return program.precision
 
     @abstractmethod
     def write(self, program: Program, path: Path) -> dict[str, str]:
@@ -108,7 +114,7 @@ def targets() -> list[dict[str, Any]]:
 
     Example:
         >>> [row["target"] for row in targets()]
-        ['inductor', 'onnx', 'openvino', 'tensorrt']
+        ['inductor', 'litert', 'onnx', 'openvino', 'tensorrt']
     """
     rows: list[dict[str, Any]] = []
     for name, target in target_types().items():

@@ -93,13 +93,24 @@ def export(
         module = quantized(module, chosen.name, quantization, example_inputs, calibration)
     kept = tuple(outputs) if outputs is not None else None
     with staged(path) as draft:
-        program = read_program(module, example_inputs, dynamic=dynamic, outputs=kept, prepare=chosen.prepare)
-        metadata = _metadata(chosen, program, plan, note)
-        metadata = replace(metadata, facts=program.facts | _write(chosen, program, draft))
-        runner = chosen.load(draft, metadata)
-        if verify:
-            calls = [*_calls(program), *(as_call(inputs) for inputs in verify_inputs)]
-            metadata = verified(metadata, _verify(chosen, program, draft, runner, calls, tolerance))
+
+        def attempt(sizes: Dynamic) -> tuple[Metadata, Runner]:
+            program = read_program(module, example_inputs, dynamic=sizes, outputs=kept, prepare=chosen.prepare)
+            metadata = _metadata(chosen, program, plan, note)
+            metadata = replace(metadata, facts=program.facts | _write(chosen, program, draft))
+            runner = chosen.load(draft, metadata)
+            if verify:
+                calls = [*_calls(program), *(as_call(inputs) for inputs in verify_inputs)]
+                metadata = verified(metadata, _verify(chosen, program, draft, runner, calls, tolerance))
+            return metadata, runner
+
+        try:
+            metadata, runner = attempt(dynamic)
+        except ExportError as error:
+            if dynamic != "auto" or not chosen.may_fix_sizes:
+                raise
+            metadata, runner = attempt(False)
+            metadata = replace(metadata, facts=metadata.facts | {"sizes": f"fixed to those of the example: {error}"})
         chosen.stamp(draft, metadata)
         chosen.read_metadata(draft)
     return Artifact(path, metadata, runner)
@@ -129,7 +140,7 @@ def _verify(
     result = compare(
         [runner(program.select(call)) for call in calls],
         [program.expected(call) for call in calls],
-        precision=program.precision,
+        precision=target.file_precision(program),
         tolerance=tolerance,
     )
     if result.passed:
@@ -144,7 +155,7 @@ def _verify(
 def _metadata(target: Target, program: Program, plan: Plan | None, note: str) -> Metadata:
     return Metadata(
         target=target.name,
-        precision=program.precision,
+        precision=target.file_precision(program),
         device=program.device,
         inputs=program.inputs,
         outputs=program.outputs,

@@ -193,6 +193,19 @@ TARGETS: dict[str, Target] = {
                 "uint8 weights": "its int8 is symmetric about zero",
             },
         ),
+        # LiteRT: every int8 kernel returns int8, products included; with a float output or an uint8 input the converter
+        # makes the operation float
+        Target(
+            name="litert",
+            int8=frozenset({"conv1d", "conv2d", "linear", "addmm", "matmul"}),
+            no_kernel=_COMMON | {"conv3d": "has no int8 kernel for 3-D convolutions (CONV_3D is float32 alone)"},
+            dynamic_matmul=True,
+            rounded_outputs=frozenset({"conv1d", "conv2d", "linear", "addmm", "matmul"}),
+            rounded_adds="both",
+            bias_apart=frozenset(),
+            follow=_MAX_POOLS | _VIEWS,
+            no_grid={"uint8 weights": "its kernels take int8 weights about zero alone"},
+        ),
     )
 }
 

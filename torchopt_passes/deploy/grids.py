@@ -1,0 +1,108 @@
+"""Graphs in the form a converter wants: signed grids, weights that the graph rounds, computed weights as constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from torchopt_passes._compat import decomposed_ops
+from torchopt_passes.errors import ExportError
+from torchopt_passes.graph.state import erase_unused, free_name, get_state, remove_unused_state, store
+from torchopt_passes.graph.tensors import get_tensor
+
+__all__ = ["fold_static", "make_signed", "unfold_weights"]
+
+_HALF = 128  # between the zeros of uint8 and int8
+
+
+def make_signed(graph_module: fx.GraphModule, runtime: str) -> None:
+    """Write uint8 grids as int8 ones, in place: zero point and limits move by 128, the values stay the same.
+
+    Args:
+        graph_module: an inference graph of ours alone.
+        runtime: what wants it, for the error.
+
+    Raises:
+        ExportError: a weight is uint8; names it.
+    """
+    for node in graph_module.graph.nodes:
+        if not is_pair_op(node) or node.args[-1] is not torch.uint8:
+            continue
+        fqn = _stored(node)
+        if fqn or "per_channel" in str(node.target):
+            raise ExportError(
+                f"{fqn or node.name} is uint8: {runtime} takes int8 weights alone: "
+                "quantize with InsertFakeQuant(weight_symmetric=True)"
+            )
+        value, scale, zero_point, low, high, _ = node.args
+        node.args = (value, scale, zero_point - _HALF, low - _HALF, high - _HALF, torch.int8)
+    graph_module.recompile()
+
+
+def unfold_weights(graph_module: fx.GraphModule) -> None:
+    """Turn weights stored as integers into floats that the graph rounds, in place; each rounds to the same integer."""
+    graph, ops = graph_module.graph, decomposed_ops()
+    before = get_state(graph_module)
+    done: dict[tuple[Any, ...], fx.Node] = {}
+    for node in list(graph.nodes):
+        fqn = _stored(node) if is_pair_op(node) else ""
+        if not fqn or node.target not in (ops.dequantize_per_tensor.default, ops.dequantize_per_channel.default):
+            continue
+        integers, grid = node.args[0], node.args[1:]
+        if (integers, *grid) not in done:
+            values = [get_tensor(graph_module, str(a.target)) if isinstance(a, fx.Node) else a for a in node.args]
+            name = free_name(graph_module, f"{fqn.replace('.', '_')}_float")
+            store(graph_module, name, node.target(*values), parameter=False)  # pyright: ignore
+            kind = "per_channel" if node.target is ops.dequantize_per_channel.default else "per_tensor"
+            # behind the integers, the scale and the zero point: all are read here
+            with graph.inserting_before(node):
+                weight = graph.get_attr(name)
+                done[integers, *grid] = graph.call_function(getattr(ops, f"quantize_{kind}").default, (weight, *grid))
+        node.replace_input_with(integers, done[integers, *grid])
+        erase_unused(integers)
+    remove_unused_state(graph_module, before)
+    graph_module.recompile()
+
+
+def fold_static(graph_module: fx.GraphModule) -> None:
+    """Store what is computed from parameters alone (clustered or normalized weights) as constants, in place.
+
+    Runtimes lack the operations that unpack indices, and would repeat them in every call. Rounding stays in the graph.
+    """
+    # here, since opening an artefact must not load the quantization family
+    from torchopt_passes.graph.quantization.folding import static_value
+    from torchopt_passes.graph.quantization.operations import is_static
+
+    graph, before = graph_module.graph, get_state(graph_module)
+    seen: dict[fx.Node, bool] = {node: False for node in graph.nodes if is_pair_op(node)}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not is_static(node, seen) or all(is_static(u, seen) for u in node.users):
+            continue
+        value = static_value(graph_module, node)
+        if not isinstance(value, torch.Tensor):
+            continue
+        name = free_name(graph_module, f"{node.name}_value")
+        store(graph_module, name, value, parameter=False)
+        with graph.inserting_before(node):
+            constant = graph.get_attr(name)
+        constant.meta.update(node.meta)
+        node.replace_all_uses_with(constant)
+        seen[constant] = True
+        erase_unused(node)
+    remove_unused_state(graph_module, before)
+    graph_module.recompile()
+
+
+def is_pair_op(node: fx.Node) -> bool:
+    """Return whether a node is a quantize or dequantize op of PT2E with its grid written out."""
+    return node.op == "call_function" and "quantized_decomposed." in str(node.target) and len(node.args) >= 6
+
+
+def _stored(node: fx.Node) -> str:
+    """Return the fqn of the integers that a dequantize op reads, ``""`` for an activation."""
+    value = node.args[0]
+    if isinstance(value, fx.Node) and value.op == "get_attr" and "dequantize" in str(node.target):
+        return str(value.target)
+    return ""
