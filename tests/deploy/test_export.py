@@ -265,7 +265,7 @@ def test_unknown_output_is_an_error(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [
-        ("m.tflite", {}, "the suffix tells no target"),
+        ("m.weights", {}, "the suffix tells no target"),
         ("m.onnx", {"target": "tensorrt"}, "no target 'tensorrt'"),
         ("m.onnx", {"target": "inductor"}, "end in '.pt2'"),
         ("m.onnx", {"opset": 3}, "18 to 25"),
