@@ -94,8 +94,8 @@ def save_compact(
         source: a captured graph, which is saved whole and loads without the model's code; any other module, or a state
             dict of tensors, of which the state dict is saved.
         path: the file; it is replaced when it exists.
-        compression: of what is left: ``"zlib"``, of the standard library; ``"zstd"``, about as small and twice as fast
-            both ways, with the extra ``zstd``; ``"none"``.
+        compression: of what is left: ``"zlib"``, of the standard library; ``"zstd"``, about as small and faster, with
+            the extra ``zstd``; ``"none"``.
 
     Returns:
         Sizes, by tensor and of the file.
