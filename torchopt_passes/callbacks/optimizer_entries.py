@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 def forget_entries(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, entries: torch.Tensor) -> None:
     """Set to zero what an optimizer keeps for entries of a parameter: momentum, mean and square of gradients.
 
-    Moments that torchao keeps in 8 or 4 bits are dequantized, and quantized again by blocks. Step counters stay, as do
-    sums over rows and columns (Adafactor), which belong to no entry.
+    Moments that torchao keeps in 8 or 4 bits are dequantized, and quantized again by blocks; the squares of 4 bits have
+    no zero, and get their lowest step. Step counters stay, as do sums over rows and columns (Adafactor), which belong
+    to no entry.
 
     Args:
         optimizer: holds the parameter, or nothing of it yet.
