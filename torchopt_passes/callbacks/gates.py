@@ -17,7 +17,15 @@ from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional.draws import seed_of
 
-__all__ = ["Gates", "get_rank", "named_parameters"]
+__all__ = ["GateModule", "Gates", "gate_key", "get_rank", "named_parameters"]
+
+
+class GateModule(nn.Module):
+    """Holds gates in the model; an ``nn.Sequential``, which calls all that it holds, passes through it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input."""
+        return x
 
 
 @dataclass(kw_only=True, eq=False)
@@ -107,8 +115,13 @@ class Gates(Callback):
 
 
 def named_parameters(first: Mapping[str, torch.Tensor]) -> nn.ParameterDict:
-    """Return parameters under the names of what they gate, with ``-`` for dots, which such a name cannot have."""
-    return nn.ParameterDict({name.replace(".", "-"): nn.Parameter(value) for name, value in first.items()})
+    """Return parameters under the names of what they gate (`gate_key`); their order is not that of `first`."""
+    return nn.ParameterDict({gate_key(name): nn.Parameter(value) for name, value in first.items()})
+
+
+def gate_key(name: str) -> str:
+    """Return the key of a weight's or a group's gates: its name, with ``-`` for dots, which a key cannot have."""
+    return name.replace(".", "-")
 
 
 def get_rank() -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from torchopt_passes.callbacks.gates import Gates, named_parameters
+from torchopt_passes.callbacks.gates import GateModule, Gates, gate_key, named_parameters
 from torchopt_passes.callbacks.lifecycle import Progress, When, check_when
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.functional.draws import uniform
@@ -25,7 +25,7 @@ from torchopt_passes.functional.schedules import Ramp, linear
 __all__ = ["HardConcreteGates"]
 
 
-class _Lagrangian(nn.Module):
+class _Lagrangian(GateModule):
     """Gates by name, and the two multipliers."""
 
     def __init__(self, log_alphas: Mapping[str, torch.Tensor]) -> None:
@@ -133,8 +133,16 @@ class HardConcreteGates(Gates):
         self._ramp = None
 
     @property
-    def _log_alphas(self) -> list[nn.Parameter]:
-        return list(self._parameters())
+    @abstractmethod
+    def _names(self) -> tuple[str, ...]:
+        """The names of what is gated, in order."""
+
+    @property
+    def _log_alphas(self) -> list[torch.Tensor]:
+        """The gates, in the order of `_names`."""
+        if not isinstance(self._module, _Lagrangian):
+            return []
+        return [self._module.log_alpha[gate_key(name)] for name in self._names]
 
     @property
     def _multipliers(self) -> torch.Tensor:

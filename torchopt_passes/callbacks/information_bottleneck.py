@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 
-from torchopt_passes.callbacks.gates import get_rank, named_parameters
+from torchopt_passes.callbacks.gates import GateModule, gate_key, get_rank, named_parameters
 from torchopt_passes.callbacks.lifecycle import Progress
 from torchopt_passes.callbacks.per_sample import READS, SampleGatedWeight
 from torchopt_passes.callbacks.student import Student
@@ -23,7 +22,7 @@ from torchopt_passes.graph.tensors import get_tensor
 __all__ = ["InformationBottleneck"]
 
 
-class _GaussianGates(nn.Module):
+class _GaussianGates(GateModule):
     """Mean and log variance of the gates of each group."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
@@ -143,7 +142,8 @@ class InformationBottleneck(GatedUnits):
     def _moments(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if not isinstance(self._module, _GaussianGates):
             return []
-        return list(zip(self._module.mean.values(), self._module.log_variance.values(), strict=True))
+        keys = [gate_key(group.name) for group in self.groups]
+        return [(self._module.mean[key], self._module.log_variance[key]) for key in keys]
 
     def _make_gates_at_test(self) -> list[torch.Tensor]:
         return [m.detach() * (noise_to_signal(m, v) <= self.threshold) for m, v in self._moments]

@@ -132,6 +132,10 @@ class L0ChannelPruning(HardConcreteGates, GatedUnits):
         super().remove()
         self._cost, self._read = None, ()
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(group.name for group in self.groups)
+
     def _expected_norm(self) -> torch.Tensor:
         terms = [size * self._open(a).sum() for size, a in zip(self._read, self._log_alphas, strict=True)]
         return torch.stack(terms).sum()

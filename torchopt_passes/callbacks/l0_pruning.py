@@ -127,6 +127,10 @@ class L0Pruning(HardConcreteGates):
         super().remove()
         self._targets = ()
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.fqns
+
     def _expected_norm(self) -> torch.Tensor:
         return torch.stack([self._open(a).sum() for a in self._log_alphas]).sum()
 
