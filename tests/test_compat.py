@@ -193,3 +193,19 @@ def test_the_hooks_of_torch_prune_are_found_by_name() -> None:
     prune.l1_unstructured(layer, "weight", 0.5)
     prune.l1_unstructured(layer, "weight", 0.5)
     assert sorted(_compat.pruned_names(layer)) == ["bias", "weight"]
+
+
+def test_what_runs_eagerly_is_not_compiled() -> None:
+    seen: list[bool] = []
+
+    @_compat.run_eagerly
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return look(x * 2) * 3
+
+    compiled = torch.compile(outer, backend="eager")
+    assert float(compiled(torch.tensor(1.0))) == 9.0
+    assert seen == [False]

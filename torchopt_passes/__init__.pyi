@@ -37,8 +37,10 @@ from .callbacks import SoftMovementPruning as SoftMovementPruning
 from .callbacks import SoftTargets as SoftTargets
 from .callbacks import Splicing as Splicing
 from .callbacks import Teacher as Teacher
+from .callbacks import TeacherCache as TeacherCache
 from .callbacks import ValueRelations as ValueRelations
 from .callbacks import attach as attach
+from .callbacks import cache_teacher as cache_teacher
 from .callbacks import lightning_callback as lightning_callback
 from .callbacks.criteria import Criterion as Criterion
 from .callbacks.criteria import Magnitude as Magnitude

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import fx, nn
+from torch._compile import _disable_dynamo
 from torch.export import ExportedProgram
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
@@ -38,6 +39,7 @@ __all__ = [
     "predicts_next_token",
     "pruned_names",
     "register_int8_kernels",
+    "run_eagerly",
     "save_structure",
     "set_call_structure",
     "set_output_spec",
@@ -45,6 +47,9 @@ __all__ = [
     "split_spec",
     "tell_transformers",
 ]
+
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -151,6 +156,14 @@ def plain_parts(tensor: Any) -> list[Any]:
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
+def run_eagerly(function: FunctionT) -> FunctionT:
+    """Return a function that ``torch.compile`` does not look into: it runs as it is written, between compiled parts.
+
+    ``torch.compiler.disable`` does the same, but loads the whole compiler when a module that uses it is imported.
+    """
+    return cast("FunctionT", _disable_dynamo(function))
 
 
 def fake_tensor_mode() -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torchopt_passes.callbacks.attach import Session, attach
 from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.compression_aware_lr import CompressionAwareLR
+from torchopt_passes.callbacks.distill.cache import TeacherCache
+from torchopt_passes.callbacks.distill.cache_writer import cache_teacher
 from torchopt_passes.callbacks.distill.feature_losses import FSP, RKD, AttentionTransfer, Cosine, Hint
 from torchopt_passes.callbacks.distill.logit_losses import DIST, DKD, JSD, SoftTargets
 from torchopt_passes.callbacks.distill.relation_losses import AttentionRelations, ValueRelations
@@ -83,8 +85,10 @@ __all__ = [
     "Splicing",
     "StudentCall",
     "Teacher",
+    "TeacherCache",
     "ValueRelations",
     "attach",
+    "cache_teacher",
     "lightning_callback",
     "num_items_in_batch",
 ]

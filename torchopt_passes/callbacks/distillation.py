@@ -114,6 +114,12 @@ class Distillation(Callback):
             )
         self._losses = make_losses(self.losses) or (SoftTargets(form=self.form, scale_t2=self.scale_t2),)
         self._names = _names(self._losses)
+        fixed = next((source.temperatures for source in self._sources if source.temperatures), None)
+        if fixed and isinstance(self._heat, Scheduled):
+            raise ConfigError(
+                f"temperature cannot be scheduled: the cache keeps the rest of the classes at temperatures "
+                f"{list(fixed)} alone"
+            )
         self._classes = None if self.tokenizers is None else check_tokenizers(*self.tokenizers)
         self._teaching = Teaching(
             self._sources,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torchopt_passes._compat import active_data_parallel, compiled_source
+from torchopt_passes._compat import active_data_parallel, compiled_source, run_eagerly
 from torchopt_passes.callbacks.items import count_labels, shifts_labels
 from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
 from torchopt_passes.callbacks.optimizer_steps import before_each_step
@@ -314,6 +314,7 @@ class Student:
             for callback in self._early():
                 callback.before_step(progress)
 
+    @run_eagerly
     def _take_items(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -334,6 +335,7 @@ class Student:
             self._items = items if module.training else None
         return None if rest is kwargs else (args, rest)
 
+    @run_eagerly
     def _add_terms(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not module.training or not self._callbacks:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def output_node(graph: fx.Graph, path: str) -> fx.Node:
         path: of the module, or the name of a node, which is that node.
 
     Raises:
-        CaptureError: no node came from it, or several values leave it.
+        CaptureError: no node came from it, it ran several times, or several values leave it.
 
     Example:
         >>> from torchopt_passes.graph.capture import capture
@@ -63,6 +63,7 @@ def output_node(graph: fx.Graph, path: str) -> fx.Node:
         'linear'
     """
     inside = set(module_nodes(graph, path))
+    _refuse_repeated(inside, path)
     found = [node for node in graph.nodes if node in inside and _is_float(node) and not inside.issuperset(node.users)]
     named = [node for node in graph.nodes if node.name == path]
     return _only(found or named, path, "leave")
@@ -72,9 +73,10 @@ def input_node(graph: fx.Graph, path: str) -> fx.Node:
     """Return the floating tensor that a module of the source was given.
 
     Raises:
-        CaptureError: no node came from it, or it was given several.
+        CaptureError: no node came from it, it ran several times, or it was given several values.
     """
     inside = module_nodes(graph, path)
+    _refuse_repeated(inside, path)
     given = dict.fromkeys(
         parent
         for node in inside
@@ -91,6 +93,14 @@ def _only(found: list[fx.Node], path: str, verb: str) -> fx.Node:
         raise CaptureError(f"no operation of the captured graph came from {path!r}: it computes nothing there")
     names = [node.name for node in found]
     raise CaptureError(f"{len(found)} values {verb} {path!r} in the captured graph: name one of the nodes {names}")
+
+
+def _refuse_repeated(nodes: Iterable[fx.Node], path: str) -> None:
+    """Refuse a module that ran several times: each time has a key of its own on the stack."""
+    stacks = [node.meta.get("nn_module_stack") or {} for node in nodes]
+    keys = {key for stack in stacks for key, entry in stack.items() if str(entry[0]) == path}
+    if len(keys) > 1:
+        raise CaptureError(f"{path!r} ran {len(keys)} times: name a module that ran once, or one of the graph's nodes")
 
 
 def _is_inside(node: fx.Node, path: str) -> bool:

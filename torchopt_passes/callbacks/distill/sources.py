@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from torchopt_passes.callbacks.distill.cache import TeacherCache
+from torchopt_passes.callbacks.distill.cache_source import CacheSource
 from torchopt_passes.callbacks.distill.self_teachers import SelfTeacher, source_of
 from torchopt_passes.callbacks.distill.teachers import ModelSource, Source, Teacher
 from torchopt_passes.errors import ConfigError
@@ -38,6 +40,8 @@ def _make_source(given: Any) -> Source:
         return ModelSource(Teacher(given))
     if isinstance(given, Teacher):
         return ModelSource(given)
+    if isinstance(given, TeacherCache):
+        return CacheSource(given)
     if isinstance(given, str | Mapping):
         given = _from_data(given)
     if isinstance(given, SelfTeacher):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from torchopt_passes._compat import run_eagerly
 from torchopt_passes.errors import CallbackError, CaptureError, ConfigError
 from torchopt_passes.graph.captured import CapturedModule
 from torchopt_passes.graph.watches import Watch, input_node, output_node
@@ -48,6 +49,7 @@ class Taps:
         self._taps = tuple(dict.fromkeys(taps))
         self._values: dict[Tap, tuple[torch.Tensor, int]] = {}
         self._again: set[Tap] = set()
+        self._detached: set[Tap] = set()
         self._undo: Callable[[], None] = lambda: None
         for tap in self._taps:
             check_path(model, tap.path, who)
@@ -58,13 +60,14 @@ class Taps:
 
     def open(self) -> None:
         """Record from now on."""
-        self._values, self._again, self._open = {}, set(), True
+        self._values, self._again, self._detached, self._open = {}, set(), set(), True
 
     def take(self) -> dict[Tap, torch.Tensor]:
         """Return what was recorded, and stop.
 
         Raises:
-            CallbackError: a layer did not run, ran twice, or its value was changed in place later.
+                CallbackError: a layer did not run, ran twice or without gradients, or its value was changed in place
+                    later.
         """
         values, again, self._open = self._values, self._again, False
         self._values = {}
@@ -73,6 +76,11 @@ class Taps:
                 raise CallbackError(
                     f"{tap.path!r} of the {self._who} computed nothing in this forward: it was not called, or returns "
                     "no tensor, or the model was compiled and called before (compile it after, or call it later)"
+                )
+            if tap in self._detached and self._who == "student" and torch.is_grad_enabled():
+                raise CallbackError(
+                    f"{tap.path!r} ran without gradients (reentrant checkpointing?): with gradient checkpointing, take "
+                    "use_reentrant=False"
                 )
             if tap in again:
                 raise CallbackError(f"{tap.path!r} of the {self._who} ran more than once: name a layer that runs once")
@@ -94,6 +102,8 @@ class Taps:
         if tensor is not None:
             if tap in self._values:
                 self._again.add(tap)
+            if not torch.is_grad_enabled():
+                self._detached.add(tap)
             self._values[tap] = (tensor, _version(tensor))
 
     def _hook(self, model: nn.Module) -> None:
@@ -123,6 +133,7 @@ class Taps:
             return
 
         def watch(group: list[Tap]) -> Watch:
+            @run_eagerly
             def record(value: torch.Tensor) -> None:
                 for tap in group:
                     self.record(tap, value)
@@ -138,10 +149,12 @@ class _Hook:
     def __init__(self, taps: Taps | None, tap: Tap) -> None:
         self._taps, self._tap = taps, tap
 
+    @run_eagerly
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._taps is not None:
             self._taps.record(self._tap, output)
 
+    @run_eagerly
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._taps is not None:
             self._taps.record(self._tap, (*args, *kwargs.values()))

@@ -45,6 +45,8 @@ class Source:
     """Whether its features are layers of the student."""
 
     weight: float = 1.0
+    temperatures: tuple[float, ...] = ()
+    """The temperatures that its logits serve; empty for all."""
 
     @property
     def model(self) -> nn.Module | None:
