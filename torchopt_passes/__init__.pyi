@@ -42,6 +42,7 @@ from .callbacks import ValueRelations as ValueRelations
 from .callbacks import attach as attach
 from .callbacks import cache_teacher as cache_teacher
 from .callbacks import lightning_callback as lightning_callback
+from .callbacks import teacher_sequences as teacher_sequences
 from .callbacks.criteria import Criterion as Criterion
 from .callbacks.criteria import Magnitude as Magnitude
 from .callbacks.criteria import RandomOrder as RandomOrder

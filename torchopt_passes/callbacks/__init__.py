@@ -11,6 +11,7 @@ from torchopt_passes.callbacks.distill.feature_losses import FSP, RKD, Attention
 from torchopt_passes.callbacks.distill.logit_losses import DIST, DKD, JSD, SoftTargets
 from torchopt_passes.callbacks.distill.relation_losses import AttentionRelations, ValueRelations
 from torchopt_passes.callbacks.distill.self_teachers import AveragedWeights, DeeperLayers, InitialWeights
+from torchopt_passes.callbacks.distill.sequences import teacher_sequences
 from torchopt_passes.callbacks.distill.sim_kd import SimKD
 from torchopt_passes.callbacks.distill.teachers import Teacher
 from torchopt_passes.callbacks.distillation import Distillation
@@ -91,4 +92,5 @@ __all__ = [
     "cache_teacher",
     "lightning_callback",
     "num_items_in_batch",
+    "teacher_sequences",
 ]

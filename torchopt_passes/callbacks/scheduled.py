@@ -34,7 +34,7 @@ class Scheduled(Record):
 
     initial: float
     final: float
-    start: When = 0.0
+    start: When = 0
     end: When = 1.0
     shape: str | Shape = "linear"
 
@@ -75,7 +75,7 @@ def read_scheduled(value: Any) -> Any:
 
     Example:
         >>> read_scheduled({"initial": 1.0, "final": 0.0}), read_scheduled(0.5)
-        (Scheduled(initial=1.0, final=0.0, start=0.0, end=1.0, shape='linear'), 0.5)
+        (Scheduled(initial=1.0, final=0.0, start=0, end=1.0, shape='linear'), 0.5)
     """
     if not isinstance(value, Mapping):
         return value

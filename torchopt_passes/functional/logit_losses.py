@@ -75,7 +75,7 @@ def relation_distances(student_logits: torch.Tensor, teacher_logits: torch.Tenso
     """Return how far the relations of classes and of positions are apart; linear changes of a relation are free.
 
     Args:
-        student_logits: (N, C), N >= 2 and C >= 2.
+        student_logits: (N, C), N >= 1 and C >= 2.
         teacher_logits: (N, C).
         temperature: T > 0.
 

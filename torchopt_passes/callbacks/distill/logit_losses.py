@@ -128,7 +128,7 @@ class DIST(_Softened):
         temperature, factor = self.heat(predictions)
         valid, tables = predictions.valid, (predictions.student, predictions.dense("DIST"))
         student, teacher = (t.flatten(0, -2) if valid is None else t[valid] for t in tables)
-        if len(student) < 2:
+        if not len(student):
             return student.float().sum() * 0.0
         inter, intra = relation_distances(student, teacher, temperature)
         return factor * (self.beta * inter + self.gamma * intra)
