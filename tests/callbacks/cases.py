@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from tests.callbacks.distill_models import bert, res_net
 from tests.callbacks.loops import (
     Example,
     bare_net,
@@ -22,16 +27,23 @@ from tests.callbacks.loops import (
 )
 from torchopt_passes import callbacks
 from torchopt_passes.callbacks import (
+    DIST,
+    RKD,
     SET,
+    AttentionTransfer,
+    AveragedWeights,
     Callback,
     CompressionAwareLR,
+    Cosine,
     Distillation,
     GradualBits,
     GradualChannelPruning,
     GradualPruning,
     GroupLasso,
     GroupVariance,
+    Hint,
     InformationBottleneck,
+    InitialWeights,
     KeepZeros,
     L0ChannelPruning,
     L0Pruning,
@@ -42,10 +54,17 @@ from torchopt_passes.callbacks import (
     QuantizationNoise,
     QuantizationSchedule,
     RigL,
+    Scheduled,
     SensitivityPruning,
+    SimKD,
     SoftMovementPruning,
+    SoftTargets,
     Splicing,
+    Teacher,
+    TeacherCache,
+    ValueRelations,
     attach,
+    cache_teacher,
 )
 from torchopt_passes.functional.masks import magnitude_mask
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
@@ -265,6 +284,81 @@ CASES |= {
         extra_state=GATES,
         stays_ours=SMALLER,
     ),
+}
+
+
+LAYER = "bert.encoder.layer.0"
+
+
+def tiny_student(dropout: float = 0.0) -> nn.Module:
+    """The BERT again, for callbacks that bring parameters under names in their order."""
+    return tiny_bert(dropout)
+
+
+@functools.cache
+def cached_teacher() -> TeacherCache:
+    """Two of the three classes of a teacher on the tokens of every test."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    data = ragged_tokens(24)
+    return cache_teacher(
+        tiny_bert(seed=7),
+        [collate(data[start : start + 8]) for start in (0, 8, 16)],
+        folder,
+        top_k=2,
+        shard_positions=64,
+    )
+
+
+CASES |= {
+    "Distillation-features": Case(
+        make=lambda: Distillation(
+            bert(24, layers=2, seed=7),
+            losses=[
+                "dkd",
+                {"jsd": {"beta": 0.3}},
+                {"dist": {"gamma": 0.0}},
+                Hint(layers={LAYER: "bert.encoder.layer.1"}, normalized=True),
+                Cosine(layers=("bert.embeddings",), pool="mean"),
+                ValueRelations(heads=2, layers=(f"{LAYER}.attention.self",)),
+            ],
+        ),
+        model=tiny_student,
+        extra_state=("projectors.0.weight", "projectors.0.bias", "projectors.1.weight", "projectors.1.bias"),
+    ),
+    "Distillation-batches": Case(
+        make=lambda: Distillation(conv_net(seed=7), losses=["dist", RKD(layers=("conv",))]),
+        # relations between the examples of a batch, by their nature
+        settled=lambda: Distillation(conv_net(seed=7), losses=[DIST(gamma=0.0)]),
+        model=bare_net,
+        data=images,
+        plain=bare_net,
+    ),
+    "Distillation-captured-features": Case(
+        make=lambda: Distillation(
+            [res_net(5, depth=1, seed=7), Teacher(conv_net(seed=8), weight=2.0)],
+            alpha=Scheduled(initial=1.0, final=0.2, end=0.8),
+            temperature=Scheduled(initial=4.0, final=1.0, end=5, shape="cosine"),
+            losses=[
+                SoftTargets(),
+                AttentionTransfer(layers={"conv": "stem"}, teacher=0),
+                Hint(layers={"conv": "stem"}, teacher=0, weight=Scheduled(initial=1.0, final=0.0, start=2)),
+                SimKD(layers=("fc",), teacher=0),
+            ],
+        ),
+        model=captured_net,
+        data=images,
+        extra_state=("projectors.0.weight", "projectors.0.bias", "projectors.1.weight", "projectors.1.bias"),
+        begun=first_pattern(lambda: Distillation(res_net(5, depth=1, seed=7), losses=[SimKD(layers=("fc",))])),
+    ),
+    "Distillation-self": Case(
+        make=lambda: Distillation([AveragedWeights(decay=0.5), InitialWeights()]),
+        model=bare_net,
+        data=images,
+        extra_state=("weight", "bias", "initial"),
+        plain=bare_net,
+    ),
+    "Distillation-cache": Case(make=lambda: Distillation(cached_teacher(), temperature=4.0), model=tiny_student),
 }
 
 
