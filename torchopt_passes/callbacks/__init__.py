@@ -39,7 +39,7 @@ from torchopt_passes.callbacks.sensitivity_pruning import SensitivityPruning
 from torchopt_passes.callbacks.set_sparsity import SET
 from torchopt_passes.callbacks.soft_movement_pruning import SoftMovementPruning
 from torchopt_passes.callbacks.splicing import Splicing
-from torchopt_passes.callbacks.student import StudentCall
+from torchopt_passes.callbacks.student_call import StudentCall
 
 __all__ = [
     "DIST",

@@ -21,7 +21,8 @@ from torchopt_passes.callbacks.distill.vocabulary import check_tokenizers
 from torchopt_passes.callbacks.items import IGNORE_INDEX, count_labels, shifts_labels
 from torchopt_passes.callbacks.lifecycle import LossTerm, Progress
 from torchopt_passes.callbacks.scheduled import Scheduled, read_scheduled, value_at, values_of
-from torchopt_passes.callbacks.student import Student, StudentCall
+from torchopt_passes.callbacks.student import Student
+from torchopt_passes.callbacks.student_call import StudentCall
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.graph.plan import Plan
 

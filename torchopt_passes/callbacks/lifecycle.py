@@ -12,7 +12,8 @@ from torch import nn
 from torchopt_passes.errors import CallbackError, ConfigError
 
 if TYPE_CHECKING:
-    from torchopt_passes.callbacks.student import Student, StudentCall
+    from torchopt_passes.callbacks.student import Student
+    from torchopt_passes.callbacks.student_call import StudentCall
 
 __all__ = ["Epochs", "Lifecycle", "LossTerm", "Progress", "When", "check_when"]
 

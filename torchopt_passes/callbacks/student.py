@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,37 +13,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torchopt_passes._compat import active_data_parallel, compiled_source, run_eagerly
-from torchopt_passes.callbacks.items import count_labels, shifts_labels
 from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
 from torchopt_passes.callbacks.optimizer_steps import before_each_step
 from torchopt_passes.callbacks.outputs import accepts, argument, loss_of, with_loss
 from torchopt_passes.callbacks.owned import OWNED, drop_parameters, take_parameters
 from torchopt_passes.callbacks.stand_ins import StandIns
+from torchopt_passes.callbacks.student_call import StudentCall, combined_loss, counted_labels, share_of_step
 from torchopt_passes.errors import CallbackError
 from torchopt_passes.ranks import refuse_differences
 
-__all__ = ["Student", "StudentCall", "unwrap"]
-
-
-@dataclass(frozen=True)
-class StudentCall:
-    """One training-mode forward of the student.
-
-    Args:
-        model: the student.
-        args: positional inputs as the loop gave them.
-        kwargs: keyword inputs as the loop gave them, without ``num_items_in_batch``.
-        labels: the labels among them, or None.
-        output: what the student returned.
-        loss: the student's own loss, scalar.
-    """
-
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    labels: torch.Tensor | None
-    output: Any
-    loss: torch.Tensor
+__all__ = ["Student", "unwrap"]
 
 
 @dataclass
@@ -351,9 +330,9 @@ class Student:
             return None
         labels = argument(module, args, kwargs, "labels")
         call = StudentCall(module, args, kwargs, labels if isinstance(labels, torch.Tensor) else None, output, loss)
-        total = _combine(call, changing)
+        total = combined_loss(call, changing)
         if self._items is not None:
-            total = _share(total, _count(call), self._items)
+            total = share_of_step(total, counted_labels(call), self._items)
         return None if total is loss else with_loss(output, total)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Student:
@@ -374,28 +353,3 @@ def _layers(model: nn.Module) -> Generator[nn.Module]:
         inner = compiled_source(model)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
-
-
-def _combine(call: StudentCall, callbacks: list[Lifecycle]) -> torch.Tensor:
-    terms = [term for callback in callbacks if (term := callback.loss_term(call)) is not None]
-    if not terms:
-        return call.loss
-    added = torch.stack([term.value for term in terms]).sum() if len(terms) > 1 else terms[0].value
-    kept = 1.0 - sum(term.replaces for term in terms)
-    # A micro-batch without labels has a mean over nothing (NaN), which must not poison the terms.
-    return added if kept == 0.0 else kept * call.loss + added
-
-
-def _count(call: StudentCall) -> torch.Tensor:
-    shift_labels = argument(call.model, call.args, call.kwargs, "shift_labels")
-    if shift_labels is not None:
-        return count_labels(shift_labels, shifted=False)
-    return count_labels(argument(call.model, call.args, call.kwargs, "labels"), shifted=shifts_labels(call.model))
-
-
-def _share(loss: torch.Tensor, count: torch.Tensor, items: torch.Tensor | int) -> torch.Tensor:
-    """Return c / n of the loss; exactly the loss for c = n, and 0 without labels, where a mean is NaN."""
-    count = count.to(device=loss.device, dtype=torch.promote_types(loss.dtype, torch.float32))
-    if isinstance(items, torch.Tensor):
-        items = items.to(loss.device)
-    return torch.where(count > 0, loss * (count / items).to(loss.dtype), torch.zeros_like(loss))

@@ -15,7 +15,7 @@ from torchopt_passes.callbacks.distill.inputs import named_inputs, token_mask
 from torchopt_passes.callbacks.distill.predictions import KeptLogits
 from torchopt_passes.callbacks.distill.taps import Tap
 from torchopt_passes.callbacks.distill.teachers import Answer, Source
-from torchopt_passes.callbacks.student import StudentCall
+from torchopt_passes.callbacks.student_call import StudentCall
 from torchopt_passes.errors import CallbackError
 
 __all__ = ["CacheSource"]

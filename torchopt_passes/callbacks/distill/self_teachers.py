@@ -15,7 +15,7 @@ from torchopt_passes.callbacks.distill.taps import Tap
 from torchopt_passes.callbacks.distill.teachers import Answer, ModelSource, Source, Teacher
 from torchopt_passes.callbacks.lifecycle import Progress
 from torchopt_passes.callbacks.owned import is_owned
-from torchopt_passes.callbacks.student import StudentCall
+from torchopt_passes.callbacks.student_call import StudentCall
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.graph.fingerprint import fingerprint_of
 from torchopt_passes.graph.record import Record

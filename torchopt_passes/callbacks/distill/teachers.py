@@ -15,7 +15,8 @@ from torchopt_passes.callbacks.distill.inputs import InputsOf, extra_columns, na
 from torchopt_passes.callbacks.distill.predictions import KeptLogits
 from torchopt_passes.callbacks.distill.taps import Tap, Taps
 from torchopt_passes.callbacks.lifecycle import Progress
-from torchopt_passes.callbacks.student import StudentCall, unwrap
+from torchopt_passes.callbacks.student import unwrap
+from torchopt_passes.callbacks.student_call import StudentCall
 from torchopt_passes.errors import CallbackError, ConfigError
 
 __all__ = ["Answer", "ModelSource", "Source", "Teacher"]

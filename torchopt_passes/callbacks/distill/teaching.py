@@ -19,7 +19,8 @@ from torchopt_passes.callbacks.distill.widths import channel_dim, read_width
 from torchopt_passes.callbacks.items import IGNORE_INDEX
 from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
 from torchopt_passes.callbacks.owned import OWNED
-from torchopt_passes.callbacks.student import Student, StudentCall
+from torchopt_passes.callbacks.student import Student
+from torchopt_passes.callbacks.student_call import StudentCall
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.plan import Plan
