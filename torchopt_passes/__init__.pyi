@@ -1,12 +1,14 @@
 from .callbacks import AttentionRelations as AttentionRelations
 from .callbacks import AttentionTransfer as AttentionTransfer
 from .callbacks import AveragedWeights as AveragedWeights
+from .callbacks import BatchNormSlimming as BatchNormSlimming
 from .callbacks import CompressionAwareLR as CompressionAwareLR
 from .callbacks import Cosine as Cosine
 from .callbacks import DIST as DIST
 from .callbacks import DKD as DKD
 from .callbacks import DeeperLayers as DeeperLayers
 from .callbacks import Distillation as Distillation
+from .callbacks import DropFilter as DropFilter
 from .callbacks import Epochs as Epochs
 from .callbacks import FSP as FSP
 from .callbacks import GradualBits as GradualBits
@@ -14,6 +16,7 @@ from .callbacks import GradualChannelPruning as GradualChannelPruning
 from .callbacks import GradualPruning as GradualPruning
 from .callbacks import GroupLasso as GroupLasso
 from .callbacks import GroupVariance as GroupVariance
+from .callbacks import GrowingRegularization as GrowingRegularization
 from .callbacks import Hint as Hint
 from .callbacks import InformationBottleneck as InformationBottleneck
 from .callbacks import InitialWeights as InitialWeights

@@ -32,15 +32,18 @@ from torchopt_passes.callbacks import (
     SET,
     AttentionTransfer,
     AveragedWeights,
+    BatchNormSlimming,
     Callback,
     CompressionAwareLR,
     Cosine,
     Distillation,
+    DropFilter,
     GradualBits,
     GradualChannelPruning,
     GradualPruning,
     GroupLasso,
     GroupVariance,
+    GrowingRegularization,
     Hint,
     InformationBottleneck,
     InitialWeights,
@@ -229,6 +232,27 @@ CASES: dict[str, Case] = {
     ),
 }
 
+CASES |= {
+    "BatchNormSlimming": Case(make=lambda: BatchNormSlimming(strength=1.0), model=captured_net, data=images),
+    "BatchNormSlimming-captured": Case(
+        make=lambda: BatchNormSlimming(strength=1.0, form="gradient"), model=captured_net, data=images
+    ),
+    "DropFilter": Case(
+        make=lambda: DropFilter(rate=0.4, seed=2, skip=("fc",)),
+        model=bare_net,
+        data=images,
+        plain=bare_net,
+    ),
+    "GrowingRegularization": Case(
+        make=lambda: GrowingRegularization(
+            ratio=0.5, start=1, end=5, every=1, ceiling=5.0, example_inputs=collate(images(2))
+        ),
+        model=bare_net,
+        data=images,
+        extra_state=("weight_0_mask",),
+        stays_ours=SMALLER,
+    ),
+}
 GATES = ("weight", "weight:0", "multipliers")
 UNITS = {"example_inputs": collate(images(2))}
 CASES |= {

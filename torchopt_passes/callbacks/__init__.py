@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchopt_passes.callbacks.attach import Session, attach
 from torchopt_passes.callbacks.base import Callback
+from torchopt_passes.callbacks.batch_norm_slimming import BatchNormSlimming
 from torchopt_passes.callbacks.compression_aware_lr import CompressionAwareLR
 from torchopt_passes.callbacks.distill.cache import TeacherCache
 from torchopt_passes.callbacks.distill.cache_writer import cache_teacher
@@ -15,11 +16,13 @@ from torchopt_passes.callbacks.distill.sequences import teacher_sequences
 from torchopt_passes.callbacks.distill.sim_kd import SimKD
 from torchopt_passes.callbacks.distill.teachers import Teacher
 from torchopt_passes.callbacks.distillation import Distillation
+from torchopt_passes.callbacks.drop_filter import DropFilter
 from torchopt_passes.callbacks.gradual_bits import GradualBits
 from torchopt_passes.callbacks.gradual_channel_pruning import GradualChannelPruning
 from torchopt_passes.callbacks.gradual_pruning import GradualPruning
 from torchopt_passes.callbacks.group_lasso import GroupLasso
 from torchopt_passes.callbacks.group_variance import GroupVariance
+from torchopt_passes.callbacks.growing_regularization import GrowingRegularization
 from torchopt_passes.callbacks.information_bottleneck import InformationBottleneck
 from torchopt_passes.callbacks.items import num_items_in_batch
 from torchopt_passes.callbacks.keep_zeros import KeepZeros
@@ -51,17 +54,20 @@ __all__ = [
     "AttentionRelations",
     "AttentionTransfer",
     "AveragedWeights",
+    "BatchNormSlimming",
     "Callback",
     "CompressionAwareLR",
     "Cosine",
     "DeeperLayers",
     "Distillation",
+    "DropFilter",
     "Epochs",
     "GradualBits",
     "GradualChannelPruning",
     "GradualPruning",
     "GroupLasso",
     "GroupVariance",
+    "GrowingRegularization",
     "Hint",
     "InformationBottleneck",
     "InitialWeights",
