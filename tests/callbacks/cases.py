@@ -154,18 +154,21 @@ CASES: dict[str, Case] = {
     "GradualPruning-movement": Case(
         make=lambda: GradualPruning(sparsity=0.6, criterion="movement", scope="erk", start=1, end=5, every=1),
         model=bare_net,
+        plain=bare_net,
         data=images,
         extra_state=("weight_mask", "weight_dense", "weight_scores"),
     ),
     "SoftMovementPruning": Case(
         make=lambda: SoftMovementPruning(threshold=0.45, penalty=50.0, score_lr=0.1, start=1, end=5, every=1),
         model=bare_net,
+        plain=bare_net,
         data=images,
         extra_state=("weight_mask", "weight_dense", "weight_scores", "weight_scores_mean", "weight_scores_square"),
     ),
     "SensitivityPruning": Case(
         make=lambda: SensitivityPruning(sensitivity=0.6, initial=0.5, start=1, end=5, every=1),
         model=bare_net,
+        plain=bare_net,
         data=images,
         extra_state=("weight_mask", "weight_limit"),
     ),
@@ -175,7 +178,9 @@ CASES: dict[str, Case] = {
         data=images,
         extra_state=("weight_mask", "weight_dense", "weight_limit"),
     ),
-    "RigL": Case(make=rigl, model=bare_net, data=images, extra_state=("weight_mask",), begun=first_pattern(rigl)),
+    "RigL": Case(
+        make=rigl, model=bare_net, plain=bare_net, data=images, extra_state=("weight_mask",), begun=first_pattern(rigl)
+    ),
     "SET": Case(
         make=random_growth,
         model=captured_net,
@@ -192,6 +197,7 @@ CASES: dict[str, Case] = {
     "CompressionAwareLR": Case(
         make=lambda: CompressionAwareLR(warmup=1, plateau=1, decay=2),
         model=bare_net,
+        plain=bare_net,
         data=images,
         extra_state=("compression_aware_lr",),
     ),
