@@ -29,7 +29,7 @@ __all__ = ["GradualChannelPruning"]
 
 _REFUSED = {
     **dict.fromkeys(
-        ("apoz", "mean_activation", "wanda"),
+        ("apoz", "mean_activation", "wanda", "hsic"),
         "looks at activations on calibration data, which a callback does not see: PruneChannels takes it, on the "
         "captured graph, in rounds (steps=) between which you train",
     ),

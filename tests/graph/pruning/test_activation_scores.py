@@ -25,6 +25,7 @@ from tests.graph.pruning.scored_models import (
     mlp,
     seen,
 )
+from torchopt_passes.functional.dependence import gaussian_kernel, normalized_hsic
 from torchopt_passes.graph.pruning.activations import followed, matrix_uses
 from torchopt_passes.graph.pruning.scores import score_groups
 
@@ -73,6 +74,43 @@ def test_mean_activation_of_each_use_of_a_weight() -> None:
     first, second = zip(*[seen(model, "twice", [batch], "outputs").chunk(2) for batch in batches], strict=True)
     expected = (torch.cat(first).relu().mean(0) + torch.cat(second).abs().mean(0)) / 2
     close(scores.values[OUT.name], expected)
+
+
+def test_hsic_is_the_dependence_of_each_channel_on_the_outputs_of_the_same_samples() -> None:
+    model, graph_module = conv_net()
+    batches = [images(6), images(9)]
+    context = top.PassContext(calibration=iter(batches))
+    scores = score_groups(graph_module, [SECOND, THIRD], "hsic", context, normalize="none")
+    assert scores.fallbacks == {}
+    expected, count = torch.zeros(SECOND.size, dtype=torch.float64), 0
+    model.eval()
+    for batch in batches:
+        with torch.no_grad():
+            outputs = gaussian_kernel(model(batch).double().flatten(1))
+        channels = seen(model, "relu", [batch], "outputs").double()
+        n = len(batch)
+        found = [normalized_hsic(gaussian_kernel(channels[:, c].flatten(1)), outputs) for c in range(SECOND.size)]
+        expected, count = expected + n * torch.stack(found), count + n
+    close(scores.values[SECOND.name], expected / count)
+
+
+def test_hsic_removes_the_unit_that_tells_nothing() -> None:
+    """Of two hidden units with weights of one size, the outputs follow the first alone."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[2].weight.copy_(torch.tensor([[1.0, 1e-3]]))
+    graph_module = top.capture(model, (torch.randn(4, 2),))
+    context = top.PassContext(calibration=[torch.randn(64, 2)])
+    result = top.PruneChannels(ratio=0.5, importance="hsic")(graph_module, context)
+    assert torch.equal(result.graph_module.get_parameter("0.weight"), torch.tensor([[1.0, 0.0]]))
+    assert result.report.proof.status == "proven"
+
+
+def test_hsic_says_what_it_needs() -> None:
+    _, graph_module = conv_net()
+    with pytest.raises(top.ConfigError, match="compares samples, but the batch has 1"):
+        score_groups(graph_module, [SECOND], "hsic", top.PassContext(calibration=[images(1)]))
 
 
 def slow_wanda(weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

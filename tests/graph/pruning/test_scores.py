@@ -216,7 +216,7 @@ def test_without_loss_or_gradients_it_says_what_to_give() -> None:
     for calibration in (None, [images(2)]):
         with pytest.raises(ConfigError, match=r"capture the model with labels=.*backward\(\)"):
             score_groups(graph_module, GROUPS, "taylor", top.PassContext(calibration=calibration))
-    for name in ("apoz", "mean_activation", "wanda"):
+    for name in ("apoz", "mean_activation", "wanda", "hsic"):
         with pytest.raises(ConfigError, match="calibration="):
             score_groups(graph_module, GROUPS, name)
         with pytest.raises(ConfigError, match="empty"):
@@ -236,7 +236,7 @@ def test_a_group_without_gradients_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["l2", "random", "bn_scale", "taylor", "fisher", "fpgm", "lamp", "apoz", "mean_activation", "wanda"]
+    "name", ["l2", "random", "bn_scale", "taylor", "fisher", "fpgm", "lamp", "apoz", "mean_activation", "wanda", "hsic"]
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_as_it_was(name: str, training: bool) -> None:

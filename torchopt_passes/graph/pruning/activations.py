@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from torchopt_passes._compat import flat_inputs
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional import importance, units
+from torchopt_passes.functional.dependence import channel_dependence, gaussian_kernel
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.channels import ChannelGroup, GroupAxis
 from torchopt_passes.graph.modes import in_one_mode
@@ -31,6 +33,9 @@ _ASIDE = {aten.sym_size.int, aten._assert_tensor_metadata.default}
 _MAKE_ZEROS = {"relu", "relu6", "hardswish", "hardsigmoid"}
 _MAKE_ZEROS_FROM = {"hardtanh": 1, "clamp": 1, "clamp_min": 1, "threshold": 2}  # op -> position of the lowest value
 _POINTWISE = {"gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "sigmoid", "tanh", "softplus"}
+
+Statistic = Callable[[torch.Tensor, int], torch.Tensor | None]
+"""A value and the dimension of its channels -> one number for each channel; None where it cannot tell."""
 
 Place = tuple[str, int]
 """Name of a node, and the dimension of its value that holds channels, from the end."""
@@ -126,7 +131,7 @@ def activation_scores(
         groups: groups of its channels.
         batches: of the context's `calibration`; they stream, only sums over channels are kept.
         name: ``"apoz"`` and ``"mean_activation"`` look at the outputs of the operations that make the channels,
-            ``"wanda"`` at the inputs of those that read them.
+            ``"wanda"`` at the inputs of those that read them, ``"hsic"`` at the outputs, next to those of the model.
 
     Returns:
         Name of the group -> scores, each (group.size,); none where there is nothing to look at.
@@ -140,7 +145,7 @@ def activation_scores(
         uses = matrix_uses(graph_module, graph)
         if name == "wanda":
             places = {(use.source.name, use.read_dim) for use in uses if (use.fqn, use.in_dim) in cut}
-            seen = _means(graph_module, graph, places, batches, importance.mean_square)
+            seen = _means(graph_module, graph, places, batches, lambda _: importance.mean_square)
             return {group.name: _wanda(graph_module, group, uses, seen) for group in groups}
         made: dict[tuple[str, int], list[Place]] = defaultdict(list)
         for use in uses:
@@ -148,7 +153,10 @@ def activation_scores(
             if (use.fqn, use.out_dim) in cut and (zeros or name != "apoz"):
                 made[use.fqn, use.out_dim].append((node.name, use.made_dim))
         places = {place for found in made.values() for place in found}
-        seen = _means(graph_module, graph, places, batches, statistic[name])
+        if name == "hsic":
+            seen = _means(graph_module, graph, places, batches, _dependence_on)
+        else:
+            seen = _means(graph_module, graph, places, batches, lambda _: statistic[name])
     return {
         group.name: [
             _unit_means(seen[place][0], axis, group.size)
@@ -181,19 +189,45 @@ def _wanda(
     return found
 
 
+def _dependence_on(run: Callable[[], Any]) -> Statistic:
+    """Return the dependence of channels on what the model puts out for the same samples, for a batch."""
+    outputs = [leaf for leaf in pytree.tree_leaves(run()) if isinstance(leaf, torch.Tensor)]
+    features = next((out for out in outputs if out.is_floating_point() and out.ndim > 1), None)
+    if features is None:
+        raise ConfigError('importance "hsic" compares channels with the outputs, but the model has none by sample')
+    kernel = gaussian_kernel(features.detach().double().flatten(1))
+
+    def statistic(value: torch.Tensor, dim: int) -> torch.Tensor | None:
+        by_sample = value.ndim > 1 and dim % value.ndim != 0 and len(value) == len(kernel)
+        return channel_dependence(value, dim, kernel) if by_sample else None
+
+    return statistic
+
+
 def _means(
     graph_module: fx.GraphModule,
     graph: fx.Graph,
     places: set[Place],
     batches: Iterable[Any],
-    statistic: Callable[[torch.Tensor, int], torch.Tensor],
+    statistic_for: Callable[[Callable[[], Any]], Statistic],
 ) -> dict[Place, tuple[torch.Tensor, int]]:
-    """Return for each place the statistic of each channel over all batches, and over how many positions it is."""
-    watcher = _Watcher(graph_module, graph, places, statistic)
+    """Return for each place the statistic of each channel over all batches, and over how many positions it is.
+
+    Args:
+        graph_module: the graph.
+        graph: what eval mode runs of it.
+        places: where to look.
+        batches: of data.
+        statistic_for: returns the statistic for a batch; it is given what runs the model on it, should it need that.
+    """
+    watcher = _Watcher(graph_module, graph, places)
+    plain = fx.Interpreter(graph_module, graph=graph)
     count = 0
     with buffers_kept(graph_module):
         for batch in track(batches, "Scoring channels"):
-            watcher.run(*flat_inputs(graph_module, *as_call(batch)), enable_io_processing=False)
+            inputs = flat_inputs(graph_module, *as_call(batch))
+            watcher.statistic = statistic_for(lambda: plain.run(*inputs, enable_io_processing=False))  # noqa: B023
+            watcher.run(*inputs, enable_io_processing=False)
             count += 1
     if not count:
         raise ConfigError("context.calibration is empty (a generator that was used up?)")
@@ -208,13 +242,12 @@ class _Watcher(fx.Interpreter):
         module: fx.GraphModule,
         graph: fx.Graph,
         places: set[Place],
-        statistic: Callable[[torch.Tensor, int], torch.Tensor],
     ) -> None:
         super().__init__(module, graph=graph)
         self._dims: dict[str, list[int]] = defaultdict(list)
         for name, dim in places:
             self._dims[name].append(dim)
-        self._statistic = statistic
+        self.statistic: Statistic = importance.mean_activation
         self.seen: dict[Place, tuple[torch.Tensor, int]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -222,7 +255,9 @@ class _Watcher(fx.Interpreter):
         for dim in self._dims.get(n.name, ()):
             positions = value.numel() // value.shape[dim]
             if positions:
-                found, before = self._statistic(value, dim), 0
+                found, before = self.statistic(value, dim), 0
+                if found is None:
+                    continue
                 if (n.name, dim) in self.seen:
                     mean, before = self.seen[n.name, dim]
                     found = mean + (found - mean) * (positions / (before + positions))

@@ -47,8 +47,9 @@ class PruneChannels(GraphPass):
         params: parameters that stay, at most: a share or a number, likewise.
         keep: group name -> the units that stay, for groups that lose any.
         importance: criterion that ranks the units: ``"l1"``, ``"l2"``, ``"lp:P"``, ``"random"``, ``"bn_scale"``,
-            ``"taylor"``, ``"fisher"``, ``"fpgm"``, ``"lamp"``, ``"apoz"``, ``"mean_activation"``, ``"wanda"``, or the
-            name of your own in the context's `criteria`. Those that look at data take the context's `calibration`.
+            ``"taylor"``, ``"fisher"``, ``"fpgm"``, ``"lamp"``, ``"apoz"``, ``"mean_activation"``, ``"wanda"``, ``"hsic"``,
+            or the name of your own in the context's `criteria`. Those that look at data take the context's
+            `calibration`.
         scope: ``"group"`` ranks the units of each group, ``"global"`` all together, ``"isomorphic"`` those of groups
             of the same make together.
         aggregation: how the tensors of a unit make one score: ``"mean"``, ``"max"`` or ``"product"``.

@@ -37,6 +37,7 @@ CRITERIA: dict[str, str] = {
     "apoz": "no activation that makes zeros is right behind what makes its channels",
     "mean_activation": "no convolution, linear or matrix product makes its channels",
     "wanda": "no convolution, linear or matrix product reads its channels",
+    "hsic": "no convolution, linear or matrix product makes its channels sample by sample",
 }
 """Every criterion -> why it may have nothing to look at in a group."""
 
@@ -101,11 +102,12 @@ def score_groups(
         graph_module: a captured graph.
         groups: groups of its channels; names are unique.
         importance: ``"l1"``, ``"l2"``, ``"lp:P"``, ``"random"`` (seed of the context), ``"bn_scale"``, ``"taylor"``,
-            ``"fisher"``, ``"fpgm"``, ``"lamp"``, ``"apoz"``, ``"mean_activation"``, ``"wanda"``, or a function of a
-            group and the graph that returns scores of shape (group.size,). Formulas and sources are in
-            `functional.importance`.
-        context: its `calibration` feeds ``"apoz"``, ``"mean_activation"`` and ``"wanda"``, and ``"taylor"`` and
-            ``"fisher"`` when the model returns a loss on it; else these take the parameters' ``.grad``.
+            ``"fisher"``, ``"fpgm"``, ``"lamp"``, ``"apoz"``, ``"mean_activation"``, ``"wanda"``, ``"hsic"``
+            (dependence of channel and outputs: batches of some dozen samples), or a function of a group and the graph
+            that returns scores of shape (group.size,). Formulas and sources are in `functional.importance` and
+            `functional.dependence`.
+        context: its `calibration` feeds ``"apoz"``, ``"mean_activation"``, ``"wanda"`` and ``"hsic"``, and
+            ``"taylor"`` and ``"fisher"`` when the model returns a loss on it; else these take the parameters' ``.grad``.
         aggregation: how the axes of a group make one score; a unit counts on the axes that hold it.
         normalize: what each axis is divided by, so that groups can be ranked together.
 
@@ -124,7 +126,7 @@ def score_groups(
     counted = {group.name: weights.counted(group) for group in groups}
     if name in ("taylor", "fisher"):
         found = gradient_scores(graph_module, groups, counted, context, name)
-    elif name in ("apoz", "mean_activation", "wanda"):
+    elif name in ("apoz", "mean_activation", "wanda", "hsic"):
         found = activation_scores(graph_module, groups, context.calibration, name)
     else:
         found = {group.name: weights.scores(group, counted[group.name], name, p) for group in groups}
