@@ -47,8 +47,8 @@ class PruneChannels(GraphPass):
         params: parameters that stay, at most: a share or a number, likewise.
         keep: group name -> the units that stay, for groups that lose any.
         importance: criterion that ranks the units: ``"l1"``, ``"l2"``, ``"lp:P"``, ``"random"``, ``"bn_scale"``,
-            ``"taylor"``, ``"fisher"``, ``"fpgm"``, ``"lamp"``, ``"apoz"``, ``"mean_activation"``, ``"wanda"``, ``"hsic"``,
-            or the name of your own in the context's `criteria`. Those that look at data take the context's
+            ``"taylor"``, ``"fisher"``, ``"fpgm"``, ``"lamp"``, ``"apoz"``, ``"mean_activation"``, ``"wanda"``,
+            ``"hsic"``, or the name of your own in the context's `criteria`. Those that look at data take the context's
             `calibration`.
         scope: ``"group"`` ranks the units of each group, ``"global"`` all together, ``"isomorphic"`` those of groups
             of the same make together.

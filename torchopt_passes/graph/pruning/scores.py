@@ -107,7 +107,8 @@ def score_groups(
             that returns scores of shape (group.size,). Formulas and sources are in `functional.importance` and
             `functional.dependence`.
         context: its `calibration` feeds ``"apoz"``, ``"mean_activation"``, ``"wanda"`` and ``"hsic"``, and
-            ``"taylor"`` and ``"fisher"`` when the model returns a loss on it; else these take the parameters' ``.grad``.
+            ``"taylor"`` and ``"fisher"`` when the model returns a loss on it; else these take the parameters'
+            ``.grad``.
         aggregation: how the axes of a group make one score; a unit counts on the axes that hold it.
         normalize: what each axis is divided by, so that groups can be ranked together.
 
