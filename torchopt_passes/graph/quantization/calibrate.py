@@ -119,12 +119,15 @@ class Calibrate(GraphPass):
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Run the batches on the graph as it is, with observers outside it: nothing of it is touched."""
         context = context or PassContext()
-        places = quantizer_places(graph_module)
+        places, quantizers = quantizer_places(graph_module), dict(fake_quantizers(graph_module))
         skips: list[Skip] = []
         for name, target in list(places.items()):
             pattern = context.skipped_by(target) or context.skipped_by(name)
             if pattern is not None:
                 skips.append(Skip(target=target, reason=f"skip pattern {pattern!r}"))
+                del places[name]
+            elif quantizers[name].fitted_to_value:
+                skips.append(Skip(target=target, reason="nothing to do: its grid is fitted to each value"))
                 del places[name]
         if not places:
             reason = "nothing to do: the graph has no fake-quantizers (InsertFakeQuant comes first)"

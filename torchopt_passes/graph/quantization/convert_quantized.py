@@ -40,6 +40,8 @@ class LowerQuantizer(Edit):
         quantizer = dict(fake_quantizers(module)).get(self.quantizer)
         if quantizer is None:
             raise PlanError(f"the graph has no fake-quantizer {self.quantizer!r}")
+        if quantizer.fitted_to_value:
+            raise PlanError(f"{self.quantizer!r} is fitted to each value: it has no grid to store")
         if not quantizer.has_range:
             raise PlanError(f"{self.quantizer!r} has seen no data")
 
@@ -96,6 +98,10 @@ class ConvertQuantized(GraphPass):
             pattern = context.skipped_by(target) or context.skipped_by(name)
             if pattern is not None:
                 skips.append(Skip(target=target, reason=f"skip pattern {pattern!r}"))
+                continue
+            if quantizer.fitted_to_value:
+                reason = "kept as a fake-quantizer: its grid is fitted to each value, which no target stores yet"
+                skips.append(Skip(target=target, reason=reason))
                 continue
             if not quantizer.has_range:
                 empty.append(f"{target} ({name})")

@@ -77,6 +77,9 @@ class FakeQuantizer(nn.Module):
         inference", sections 3 and 3.2 (batch norm).
     """
 
+    fitted_to_value = False
+    """Whether the grid is fitted to each value anew: then there is no range to calibrate, learn or store."""
+
     scale: torch.Tensor
     zero_point: torch.Tensor
     min_val: torch.Tensor

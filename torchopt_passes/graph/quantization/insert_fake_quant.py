@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 
 from torchopt_passes.errors import ConfigError, PlanError
 from torchopt_passes.functional.affine import integer_range
+from torchopt_passes.functional.float_casts import FLOATS
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.batch_norm import BatchNorm
 from torchopt_passes.graph.edit import Edit, Skip
@@ -22,6 +23,8 @@ from torchopt_passes.graph.quantization.layer_bits import BitsOf, check_bits, fl
 from torchopt_passes.graph.quantization.operations import find_operations
 from torchopt_passes.graph.quantization.state import fake_quant_off
 from torchopt_passes.graph.quantization.targets import get_target
+from torchopt_passes.graph.quantization.value_grids import Rows, ValueGrids
+from torchopt_passes.graph.quantization.value_quantizer import SCALED_FORMATS, ValueQuantizer
 
 __all__ = ["FakeQuantize", "InsertFakeQuant"]
 
@@ -43,6 +46,9 @@ class FakeQuantize(Edit):
         qat: round and observe in training from now on; else wait for `Calibrate`.
         bias_apart: when it is converted, a 2-D result of this weight gets its bias from an addition behind it.
         power_of_two: the step is rounded up to a power of two.
+        granularity: what has a scale of its own, when the grid is fitted to each value; '' for a kept range.
+        group_size: values of a group.
+        format: of values that are fitted: ``"int"`` or a narrow float.
     """
 
     on_source = False
@@ -60,6 +66,9 @@ class FakeQuantize(Edit):
     qat: bool = True
     bias_apart: bool = False
     power_of_two: bool = False
+    granularity: Literal["", "tensor", "channel", "group", "token"] = ""
+    group_size: int = 0
+    format: str = "int"
 
     def check(self) -> None:
         """Refuse a name that is no identifier, a width that is no int8, and a place without users."""
@@ -97,7 +106,26 @@ class FakeQuantize(Edit):
         container.train(module.training)
 
     def _make(self, norm: BatchNorm | None, node: fx.Node) -> FakeQuantizer:
-        quantizer = FakeQuantizer(
+        quantizer = self._fitted(norm) if self.granularity else self._ranged(norm)
+        value = node.meta.get("val")
+        return quantizer if value is None else quantizer.to(value.device)
+
+    def _fitted(self, norm: BatchNorm | None) -> FakeQuantizer:
+        if not self.granularity:
+            raise PlanError(f"{self.quantizer}: nothing says what its grid is fitted to")
+        return ValueQuantizer(
+            bits=self.bits,
+            signed=self.signed,
+            granularity=self.granularity,
+            group_size=self.group_size,
+            format=self.format,
+            weight=self.momentum == 1.0,
+            channel_dim=self.channel_dim or 0,
+            bn_eps=norm.eps if norm else 0.0,
+        )
+
+    def _ranged(self, norm: BatchNorm | None) -> FakeQuantizer:
+        return FakeQuantizer(
             bits=self.bits,
             signed=self.signed,
             channel_dim=self.channel_dim,
@@ -109,8 +137,6 @@ class FakeQuantize(Edit):
             observe=self.qat,
             enabled=self.qat,
         )
-        value = node.meta.get("val")
-        return quantizer if value is None else quantizer.to(value.device)
 
     def _insert(self, graph: fx.Graph, nodes: dict[str, fx.Node], norm: BatchNorm | None) -> None:
         value, users = nodes[self.node], [nodes[name] for name in self.users]
@@ -156,6 +182,16 @@ class InsertFakeQuant(GraphPass):
         activation_symmetric: int8 activations about zero, which Inductor lacks, and which ONNX Runtime computes in
             float on x86 (TensorRT and ARM want them); False for uint8 activations with a zero point.
         power_of_two: round every step up to a power of two, for hardware that rescales by shifts.
+        group_size: a scale for each so many consecutive values of an output channel of a weight; 0 for one scale. A
+            weight that it does not divide, and those of convolutions, keep theirs, with the reason.
+        activation_range: ``"static"``: calibrated or learned; at run time, of each value as it comes: ``"dynamic"`` of
+            the whole, ``"token"`` of each vector along the last dimension (of what linears and the left side of
+            products read; the rest as ``"dynamic"``).
+        weight_format: ``"int"``, or a narrow float: ``"bf16"``, ``"fp16"``, ``"fp8_e4m3"``, ``"fp8_e5m2"`` (float8 with
+            a scale for each channel or group).
+        activation_format: likewise; float8 takes its scale at run time, so it goes with an `activation_range` that
+            does. This and the three above are for ``target="reference"``, which rounds as such hardware does and
+            computes in float.
         momentum: weight of a training batch in the moving average of an activation's range.
 
     Source:
@@ -183,6 +219,10 @@ class InsertFakeQuant(GraphPass):
     weight_symmetric: bool = True
     activation_symmetric: bool = False
     power_of_two: bool = False
+    group_size: int = 0
+    activation_range: Literal["static", "dynamic", "token"] = "static"
+    weight_format: Literal["int", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"] = "int"
+    activation_format: Literal["int", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"] = "int"
     momentum: float = 0.01
 
     def check(self) -> None:
@@ -192,11 +232,25 @@ class InsertFakeQuant(GraphPass):
             "int8 activations": self.activation_symmetric,
             "uint8 activations": not self.activation_symmetric,
             "uint8 weights": not self.weight_symmetric,
+            "weights by group": self.group_size != 0,
+            "activation ranges at run time": self.activation_range != "static",
+            "narrow floats": (self.weight_format, self.activation_format) != ("int", "int"),
         }
         for grid in (name for name, wanted in asked.items() if wanted and name in no_grid):
             raise ConfigError(f"InsertFakeQuant: target {self.target!r} cannot run {grid}: {no_grid[grid]}")
         if self.reduce_range and self.activation_symmetric:
             raise ConfigError("InsertFakeQuant: reduce_range is for uint8 activations: activation_symmetric=False")
+        if self.group_size < 0 or (self.group_size and not self.per_channel):
+            raise ConfigError(f"InsertFakeQuant: group_size must be >= 0, with per_channel=True, not {self.group_size}")
+        if self.activation_format in SCALED_FORMATS and self.activation_range == "static":
+            raise ConfigError(
+                f"InsertFakeQuant: {self.activation_format} activations take their scale at run time: "
+                "activation_range='dynamic' or 'token'"
+            )
+        if self.power_of_two and (self.group_size or self.activation_range != "static"):
+            raise ConfigError(
+                "InsertFakeQuant: power_of_two is for grids with a range: no group_size, static activations"
+            )
         for name in ("weight_bits", "activation_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise ConfigError(f"InsertFakeQuant: {name} must be 2 to 8, not {getattr(self, name)}")
@@ -210,7 +264,13 @@ class InsertFakeQuant(GraphPass):
         graph = _out_of_place(graph_module)
         found = self._annotate(graph_module, graph, context or PassContext())
         bits = quantizer_bits(found, graph, *self._bits_of())
-        edits = tuple(self._edit(place, *bits.get(place.quantizer, (0, ""))) for place in found.places)
+        grids = ValueGrids(
+            self.group_size, self.activation_range, self.weight_format, self.activation_format, self.per_channel
+        )
+        rows = grids.choose(found.places, graph)
+        edits = tuple(
+            self._edit(place, *bits.get(place.quantizer, (0, "")), rows[place.quantizer]) for place in found.places
+        )
         done = [Skip(target=op.target, reason=op.why_float) for op in found.operations if op.why_float]
         return Plan(edits, tuple(done))
 
@@ -246,7 +306,7 @@ class InsertFakeQuant(GraphPass):
         """Switch the fake-quantizers off for the proof."""
         return fake_quant_off(graph_module)
 
-    def _edit(self, place: Place, bits: int, why: str) -> FakeQuantize:
+    def _edit(self, place: Place, bits: int, why: str, rows: Rows) -> FakeQuantize:
         weight = place.weight
         # a place that no matrix operation reads, such as the output of the last convolution, has no bits of its own
         bits = bits or self._bits_of()[1].default
@@ -256,10 +316,15 @@ class InsertFakeQuant(GraphPass):
         channels = 1
         if weight is not None and per_channel:
             channels = int(weight.node.meta["val"].shape[weight.channel_dim])
+        form = self.activation_format if weight is None else self.weight_format
+        numbers = {"bits": float(bits), "quant_min": float(low), "quant_max": float(high)}
+        if form != "int":
+            numbers = {"bits": 8.0 * FLOATS[form].itemsize}
+        each = f"{form}, fitted to each {rows.granularity}" if rows.granularity else ""
         return FakeQuantize(
             target=place.target,
-            reason=f"{place.reason}; {why}" if why else place.reason,
-            numbers={"bits": float(bits), "quant_min": float(low), "quant_max": float(high)},
+            reason="; ".join(part for part in (place.reason, why, each, rows.why) if part),
+            numbers=numbers,
             quantizer=place.quantizer,
             node=place.node,
             users=place.users,
@@ -273,6 +338,9 @@ class InsertFakeQuant(GraphPass):
             qat=self.qat,
             bias_apart=place.bias_apart,
             power_of_two=self.power_of_two,
+            granularity=rows.granularity,
+            group_size=self.group_size if rows.granularity == "group" else 0,
+            format=form,
         )
 
 

@@ -80,16 +80,20 @@ def layer_histograms(
     found: dict[tuple[str, str], _Counts] = {}
     for layer in wanted:
         weight = runner.weight(layer.nodes[0])
-        for position in runner.quantizers(layer.nodes[0]):
+        for position, quantizer in runner.quantizers(layer.nodes[0]).items():
+            if quantizer.fitted_to_value:
+                continue  # there is no one grid to draw
             second = position == operations[layer.nodes[0]].operands.weight
             operand = ("weight" if weight else "input 2") if second else "input"
             found[layer.name, operand] = _Counts(bins)
-        if weight is not None:
+        if weight is not None and not weight.quantizer.fitted_to_value:
             found[layer.name, "weight"].add(weight.exact, weight.quantizer)
     if not found:
         raise ConfigError(f"layers {layers} match no rounded layer; there are {[layer.name for layer in known]}")
 
     def watch(name: str, position: int, value: torch.Tensor, quantizer: FakeQuantizer) -> None:
+        if quantizer.fitted_to_value:
+            return
         kind = next(op.operands for layer in wanted if layer.name == name for op in [operations[layer.nodes[0]]])
         found[name, "input" if position == kind.activation else "input 2"].add(value, quantizer)
 

@@ -159,7 +159,7 @@ def _output(row: LayerSqnr) -> LayerReport:
 
 def _range(quantizer: FakeQuantizer | None) -> Range | None:
     """Return what the grid holds: (q_min - z) s to (q_max - z) s, over all channels."""
-    if quantizer is None or not quantizer.has_range:
+    if quantizer is None or quantizer.fitted_to_value or not quantizer.has_range:
         return None
     low = (quantizer.quant_min - quantizer.zero_point) * quantizer.scale
     high = (quantizer.quant_max - quantizer.zero_point) * quantizer.scale

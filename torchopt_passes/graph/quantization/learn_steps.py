@@ -147,6 +147,8 @@ class LearnSteps(GraphPass):
         """Return why a place keeps its fake-quantizer; empty when it does not."""
         if isinstance(quantizer, LearnedQuantizer):
             return f"nothing to do: {quantizer.method} has it already"
+        if quantizer.fitted_to_value:
+            return "kept: its grid is fitted to each value, there is no step to learn"
         if not (self.weights if quantizer.exact else self.activations):
             return f"kept: {'weights' if quantizer.exact else 'activations'}=False"
         if self.method in ("lsq", "lsq+"):

@@ -89,6 +89,8 @@ def prepared_layers(
             reason = f"skip pattern {pattern!r}"
         elif quantizer is None or layer.rounding is None:
             reason = "float: no fake-quantizer rounds it"
+        elif quantizer.fitted_to_value:
+            reason = "its grid is fitted to each value: QuantizeWeights rounds groups by GPTQ"
         elif not quantizer.signed:
             reason = "its grid is not symmetric"
         elif layer.why_not:

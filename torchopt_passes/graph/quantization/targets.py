@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -125,6 +125,11 @@ class Target:
     no_grid: dict[str, str] = field(default_factory=dict[str, str])
 
 
+_ONE_STEP = {
+    "weights by group": "its int8 kernels take one step for an output channel; QuantizeWeights stores groups",
+    "activation ranges at run time": "its int8 kernels take steps that are known beforehand",
+    "narrow floats": "its kernels compute in int8",
+}
 _COMMON = {
     "conv_transpose": "has no int8 kernel for transposed convolutions",
     "convolution": "has no int8 kernel for the general convolution operator",
@@ -152,6 +157,7 @@ TARGETS: dict[str, Target] = {
             no_grid={
                 "int8 activations": "its kernels take uint8 activations alone",
                 "uint8 weights": "its kernels take int8 weights alone",
+                **_ONE_STEP,
             },
         ),
         # ONNX Runtime: QLinearConv exists with an int8 output alone; MatMul and Gemm may return float, Gemm (which 2-D
@@ -165,6 +171,7 @@ TARGETS: dict[str, Target] = {
             rounded_adds="both",
             bias_apart=frozenset({"linear", "addmm"}),
             follow=_MAX_POOLS | _VIEWS,
+            no_grid=_ONE_STEP,
         ),
         # OpenVINO: every kernel may return float from int8 operands; sums are fused into convolutions when their other
         # operand is rounded, and grids pass through pools and views
@@ -177,6 +184,7 @@ TARGETS: dict[str, Target] = {
             rounded_adds="other",
             bias_apart=frozenset(),
             follow=_MAX_POOLS | _VIEWS,
+            no_grid=_ONE_STEP,
         ),
         # TensorRT: explicit quantization, symmetric int8 alone; it fuses a rounded operand into a convolution's sum
         Target(
@@ -191,6 +199,7 @@ TARGETS: dict[str, Target] = {
             no_grid={
                 "uint8 activations": "its int8 is symmetric about zero: activation_symmetric=True",
                 "uint8 weights": "its int8 is symmetric about zero",
+                **_ONE_STEP,
             },
         ),
         # LiteRT: every int8 kernel returns int8, products included; with a float output or an uint8 input the converter
@@ -208,6 +217,15 @@ TARGETS: dict[str, Target] = {
         ),
     )
 }
+# PyTorch itself, which rounds to any grid and computes in float: to see what hardware of another kind would do
+TARGETS["reference"] = replace(
+    TARGETS["inductor"],
+    name="reference",
+    int8=TARGETS["onnx"].int8,
+    no_kernel={kind: why.replace("has no int8 kernel", "has no rule") for kind, why in _COMMON.items()},
+    dynamic_matmul=True,
+    no_grid={},
+)
 
 
 def get_target(name: str) -> Target:
