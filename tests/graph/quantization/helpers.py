@@ -10,8 +10,11 @@ from torch import fx, nn
 import torchopt_passes as top
 from torchopt_passes.graph.quantization import Calibrate, ConvertQuantized, InsertFakeQuant
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fake_quantizers
+from torchopt_passes.graph.quantization.targets import TARGETS
 
 ATEN = torch.ops.aten
+UINT8_TARGETS = [name for name, target in TARGETS.items() if "uint8 activations" not in target.no_grid]
+"""The targets that take the default grids."""
 
 
 def prepare(model: nn.Module, batches: list[Any], **options: Any) -> fx.GraphModule:

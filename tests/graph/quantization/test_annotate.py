@@ -10,10 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import torchopt_passes as top
-from tests.graph.quantization.helpers import convert, nodes, output, prepare, quantizers, relative
+from tests.graph.quantization.helpers import UINT8_TARGETS, convert, nodes, output, prepare, quantizers, relative
 from tests.models import build
 from torchopt_passes.graph.quantization import InsertFakeQuant
-from torchopt_passes.graph.quantization.targets import KINDS, TARGETS, get_target
+from torchopt_passes.graph.quantization.targets import KINDS, get_target
 
 aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ def reasons(found: Any) -> list[str]:
     return [skip.reason for skip in found.skips]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", UINT8_TARGETS)
 @pytest.mark.parametrize(
     ("name", "weights", "floats"), [("conv_residual", 4, 0), ("tied_twice", 4, 0), ("attention", 4, 1)]
 )
@@ -92,7 +92,7 @@ class TinyResNet(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.relu(out), 1), 1))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", UINT8_TARGETS)
 def test_residual_net_with_a_shared_inplace_relu(target: str) -> None:
     model = TinyResNet()
     x = torch.randn(4, 3, 16, 16)
@@ -130,7 +130,7 @@ class StandardizedConv(nn.Conv2d):
         return F.conv2d(x, w, self.bias, padding=self.padding)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", UINT8_TARGETS)
 @pytest.mark.parametrize(
     "make",
     [
@@ -199,7 +199,7 @@ def test_one_weight_behind_two_batch_norms_is_two_weights_once_folded() -> None:
     model(torch.randn(8, 3, 8, 8))
     x = torch.randn(2, 3, 8, 8)
     expected = model.eval()(x)
-    for target in TARGETS:
+    for target in UINT8_TARGETS:
         converted = convert(model, [(x,)], target=target)
         assert relative(output(converted, (x,)), expected) < 0.03
         assert sum(t.dtype is torch.int8 for t in converted.state_dict().values()) == 2

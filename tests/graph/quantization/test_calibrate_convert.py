@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 import torchopt_passes as top
-from tests.graph.quantization.helpers import convert, nodes, output, prepare, quantizers, relative
+from tests.graph.quantization.helpers import UINT8_TARGETS, convert, nodes, output, prepare, quantizers, relative
 from tests.models import ZOO, build, images
 from torchopt_passes.functional.affine import affine_qparams, fold_batch_norm, min_max, quantize
 from torchopt_passes.graph.quantization import Calibrate, ConvertQuantized, InsertFakeQuant
-from torchopt_passes.graph.quantization.targets import TARGETS
 
 aten = torch.ops.aten
 
@@ -52,7 +51,7 @@ def test_calibration_needs_data() -> None:
         ConvertQuantized()(graph_module)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", UINT8_TARGETS)
 def test_integers_are_those_of_the_folded_weight_and_the_rest_is_gone(target: str) -> None:
     model, inputs = build("conv_residual")
     converted = convert(model, [inputs], target=target)
@@ -108,7 +107,7 @@ def test_conv1d_of_gpt2_becomes_a_linear_with_int8_weights() -> None:
     model = GPT2LMHeadModel(config).eval()
     batch = {"input_ids": torch.randint(0, 99, (2, 7))}
     expected = output(model, batch)
-    for target in TARGETS:
+    for target in UINT8_TARGETS:
         converted = convert(model, [batch], target=target)
         assert not nodes(converted, aten.addmm.default)
         assert sum(t.dtype is torch.int8 for t in converted.state_dict().values()) == 5

@@ -227,7 +227,7 @@ class InsertFakeQuant(GraphPass):
 
     def check(self) -> None:
         """Refuse an unknown target, grids that its kernels cannot take, and widths outside int8."""
-        no_grid = get_target(self.target).no_grid
+        no_grid = get_target(self.target).refused
         asked = {
             "int8 activations": self.activation_symmetric,
             "uint8 activations": not self.activation_symmetric,

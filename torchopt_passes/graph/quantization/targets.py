@@ -111,6 +111,7 @@ class Target:
         follow: operations that move rounded values without leaving the grid: their results share its scale.
         fold_weights: whether converted weights are stored as integers (else rounded in the graph).
         no_grid: grids its kernels cannot take, such as ``"int8 activations"`` or ``"uint8 weights"`` -> why.
+        any_grid: whether it takes grids that are fitted to each value and narrow floats, as no int8 kernel does.
     """
 
     name: str
@@ -123,6 +124,12 @@ class Target:
     follow: frozenset[object] = field(repr=False)
     fold_weights: bool = True
     no_grid: dict[str, str] = field(default_factory=dict[str, str])
+    any_grid: bool = False
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Every grid that it cannot run, and why."""
+        return self.no_grid if self.any_grid else self.no_grid | _ONE_STEP
 
 
 _ONE_STEP = {
@@ -157,7 +164,6 @@ TARGETS: dict[str, Target] = {
             no_grid={
                 "int8 activations": "its kernels take uint8 activations alone",
                 "uint8 weights": "its kernels take int8 weights alone",
-                **_ONE_STEP,
             },
         ),
         # ONNX Runtime: QLinearConv exists with an int8 output alone; MatMul and Gemm may return float, Gemm (which 2-D
@@ -171,7 +177,6 @@ TARGETS: dict[str, Target] = {
             rounded_adds="both",
             bias_apart=frozenset({"linear", "addmm"}),
             follow=_MAX_POOLS | _VIEWS,
-            no_grid=_ONE_STEP,
         ),
         # OpenVINO: every kernel may return float from int8 operands; sums are fused into convolutions when their other
         # operand is rounded, and grids pass through pools and views
@@ -184,7 +189,6 @@ TARGETS: dict[str, Target] = {
             rounded_adds="other",
             bias_apart=frozenset(),
             follow=_MAX_POOLS | _VIEWS,
-            no_grid=_ONE_STEP,
         ),
         # TensorRT: explicit quantization, symmetric int8 alone; it fuses a rounded operand into a convolution's sum
         Target(
@@ -199,7 +203,6 @@ TARGETS: dict[str, Target] = {
             no_grid={
                 "uint8 activations": "its int8 is symmetric about zero: activation_symmetric=True",
                 "uint8 weights": "its int8 is symmetric about zero",
-                **_ONE_STEP,
             },
         ),
         # LiteRT: every int8 kernel returns int8, products included; with a float output or an uint8 input the converter
@@ -225,6 +228,7 @@ TARGETS["reference"] = replace(
     no_kernel={kind: why.replace("has no int8 kernel", "has no rule") for kind, why in _COMMON.items()},
     dynamic_matmul=True,
     no_grid={},
+    any_grid=True,
 )
 
 
