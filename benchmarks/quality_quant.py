@@ -246,7 +246,7 @@ def main() -> None:
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.quality_quant", "--row", model, arm]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             made = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-            made = made or {"model": model, "arm": arm, "failed": done.stderr.strip().splitlines()[-1]}
+            made = made or {"model": model, "arm": arm, "failed": (done.stderr.strip() or "killed").splitlines()[-1]}
             kept = [one for one in record["rows"] if (one["model"], one["arm"]) != (model, arm)]
             kept.append(made | {"environment": environment})
             record["rows"] = sorted(kept, key=lambda one: (one["model"], names.index(one["arm"])))

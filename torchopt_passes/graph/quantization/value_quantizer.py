@@ -57,7 +57,8 @@ class ValueQuantizer(FakeQuantizer):
         super().__init__(
             bits=bits, signed=signed, channel_dim=channel_dim, momentum=1.0 if weight else 0.5, bn_eps=bn_eps
         )
-        self.granularity, self.group_size, self.format = granularity, group_size, format
+        self.granularity: Granularity = granularity
+        self.group_size, self.format = group_size, format
         self.observe(False)
 
     def _register_range(self, channels: int) -> None:
