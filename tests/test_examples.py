@@ -22,6 +22,16 @@ PRINTS: dict[str, list[str]] = {
         r"2:4, .* 4[6-9]\.\d% zeros",
         r"two large steps, .* 90\.0% zeros",
     ],
+    "distillation.py": [
+        r"teacher .* 9\d\.\d% right",
+        r"labels alone .* right",
+        *[
+            rf"soft targets{more} .* [678]\d\.\d% right"
+            for more in ("", ", hints", ", attention transfer, RKD", " of a cache")
+        ],
+        r"pruned from the teacher, hints .* [789]\d\.\d% right",
+        r"reader, taught by the images of pairs .* [789]\d\.\d% right",
+    ],
     "dynamic_sparsity.py": [r"dense ", *[rf"{name}.*sparsity 0\.900" for name in ("RigL", "SET", "lottery ticket")]],
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -88,6 +88,7 @@ words = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(words, max_size=4), st.floats(min_value=1e-30, max_value=0.999))
 def test_any_name_and_number_survives_yaml(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], x: float
@@ -289,3 +290,29 @@ callbacks:
     live = Recipe(callbacks=(("gradual_pruning", {"criterion": top.Snip(batches=[torch.ones(1)])}),))
     with pytest.raises(top.ConfigError, match="a recipe cannot hold"):
         live.to_dict()
+
+
+def test_the_losses_of_a_distillation_are_data(tmp_path: Path) -> None:
+    text = """
+version: 1
+callbacks:
+  - distillation:
+      alpha: {initial: 0.9, final: 0.1, end: {epochs: 2}}
+      losses: [dkd, {hint: {weight: 0.1, layers: {"layer.{i}": "h.{i}"}, match: last}}, {jsd: {beta: 0.2}}]
+      layers: [stem]
+"""
+    recipe = load_recipe(write(tmp_path, text))
+    (callback,) = recipe.make_callbacks(teacher=nn.Linear(2, 3))
+    assert isinstance(callback, Distillation)
+    assert callback._losses == (
+        top.DKD(),
+        top.Hint(weight=0.1, layers={"layer.{i}": "h.{i}"}, match="last"),
+        top.JSD(beta=0.2),
+    )
+    assert load_recipe(recipe.save(tmp_path / "again.json")) == recipe
+    (again,) = load_recipe(
+        {"version": 1, "callbacks": [{"distillation": {"teacher": "initial_weights"}}]}
+    ).make_callbacks()
+    assert isinstance(again, Distillation)
+    bad = "version: 1\ncallbacks: [distillation: {teacher: initial_weights, losses: [{dkd: {betta: 1.0}}]}]"
+    assert "DKD: unknown ['betta']" in refused(tmp_path, bad)

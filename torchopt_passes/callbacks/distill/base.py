@@ -98,6 +98,8 @@ class FeatureLoss(DistillationLoss):
 
     same_width: ClassVar[bool] = True
     """Whether both features must have one width, by a projector if need be."""
+    same_positions: ClassVar[bool] = True
+    """Whether both features must have the same number of positions."""
 
     layers: dict[str, str] | tuple[str, ...] = field(default_factory=dict[str, str])
     match: Match | None = None

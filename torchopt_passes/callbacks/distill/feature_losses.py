@@ -150,6 +150,7 @@ class RKD(_Pooled):
     """
 
     same_width: ClassVar[bool] = False
+    same_positions: ClassVar[bool] = False
 
     distance: float = 1.0
     angle: float = 2.0

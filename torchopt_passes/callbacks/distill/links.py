@@ -83,7 +83,8 @@ class Link:
         large, _ = self._prepared(teacher, theirs, teacher_tokens)
         if self.projector is not None:
             small = self.projector(small.to(self.projector.weight.dtype))
-        if small.shape[:2] != large.shape[:2]:
+        agreeing = 2 if self.loss.same_positions else 1
+        if small.shape[:agreeing] != large.shape[:agreeing]:
             raise CallbackError(
                 f"{self.loss.label}: {self.student.tap.path!r} of the student has {small.shape[0]} examples of "
                 f"{small.shape[1]} positions, {self.teacher.tap.path!r} of the teacher {large.shape[0]} of "

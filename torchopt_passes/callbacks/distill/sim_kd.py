@@ -20,7 +20,7 @@ __all__ = ["SimKD"]
 
 
 class SimKD(FeatureLoss):
-    """The teacher's classifier reused: the student learns its input, and needs no labels.
+    """The teacher's classifier reused: the student learns its input, and nothing from labels.
 
     `layers` names the linear classifiers, ``{"fc": "fc"}``. The student's always holds the teacher's, read through the
     projector where widths differ: after each step its weight is W_t P and its bias W_t b_P + b_t, so that evaluation,

@@ -47,8 +47,8 @@ def _make_source(given: Any) -> Source:
     if isinstance(given, SelfTeacher):
         return source_of(given)
     raise ConfigError(
-        f"teacher must be a torch.nn.Module, a Teacher, a TeacherCache, a self-teacher or a list of these, not "
-        f"{type(given).__name__}"
+        f"teacher must be a torch.nn.Module, not {type(given).__name__} (or a Teacher, a TeacherCache, a self-teacher, "
+        "or a list of these)"
     )
 
 
