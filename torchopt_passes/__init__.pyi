@@ -1,3 +1,4 @@
+from .callbacks import AddEarlyExits as AddEarlyExits
 from .callbacks import AttentionRelations as AttentionRelations
 from .callbacks import AttentionTransfer as AttentionTransfer
 from .callbacks import AveragedWeights as AveragedWeights
@@ -9,6 +10,7 @@ from .callbacks import DKD as DKD
 from .callbacks import DeeperLayers as DeeperLayers
 from .callbacks import Distillation as Distillation
 from .callbacks import DropFilter as DropFilter
+from .callbacks import EarlyExitModel as EarlyExitModel
 from .callbacks import Epochs as Epochs
 from .callbacks import FSP as FSP
 from .callbacks import GradualBits as GradualBits

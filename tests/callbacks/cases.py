@@ -30,6 +30,7 @@ from torchopt_passes.callbacks import (
     DIST,
     RKD,
     SET,
+    AddEarlyExits,
     AttentionTransfer,
     AveragedWeights,
     BatchNormSlimming,
@@ -242,6 +243,13 @@ CASES |= {
     "BatchNormSlimming": Case(make=lambda: BatchNormSlimming(strength=1.0), model=captured_net, data=images),
     "BatchNormSlimming-captured": Case(
         make=lambda: BatchNormSlimming(strength=1.0, form="gradient"), model=captured_net, data=images
+    ),
+    "AddEarlyExits": Case(
+        make=lambda: AddEarlyExits(at=("conv",), weights=(0.4,), example_inputs=collate(images(2))),
+        model=bare_net,
+        data=images,
+        plain=bare_net,
+        extra_state=("linear.weight", "linear.bias"),
     ),
     "DropFilter": Case(
         make=lambda: DropFilter(rate=0.4, seed=2, skip=("fc",)),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torchopt_passes.callbacks import Callback, attach
+from torchopt_passes.callbacks import Callback, InformationBottleneck, L0Pruning, attach
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.graph.capture import capture
 
@@ -64,19 +64,23 @@ def attached(model: nn.Module, *fqns: str) -> Any:
     return attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [Halve(*fqns)])
 
 
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 MODELS: dict[str, tuple[Any, tuple[str, ...], torch.Tensor]] = {
-    "linear": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), ("0.weight", "1.bias"), torch.randn(2, 4)),
+    "linear": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), ("0.weight", "1.bias"), randn(2, 4)),
     "tied": (Tied, ("embed.weight",), torch.tensor([[0, 3], [1, 4]])),
-    "lstm": (lambda: nn.LSTM(4, 3, num_layers=2), ("weight_ih_l0", "weight_hh_l1"), torch.randn(5, 2, 4)),
+    "lstm": (lambda: nn.LSTM(4, 3, num_layers=2), ("weight_ih_l0", "weight_hh_l1"), randn(5, 2, 4)),
     "attention": (
         lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0),
         ("self_attn.out_proj.weight", "self_attn.in_proj_weight"),
-        torch.randn(3, 2, 4),
+        randn(3, 2, 4),
     ),
     "captured": (
-        lambda: capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), (torch.randn(2, 4),)),
+        lambda: capture(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), (randn(2, 4),)),
         ("0.weight",),
-        torch.randn(2, 4),
+        randn(2, 4),
     ),
 }
 
@@ -145,3 +149,32 @@ def test_the_parameter_is_itself_after_evaluation_errors_and_the_end() -> None:
         assert session.callbacks[0].modes == [False, True, True, True]
     assert model[0].weight is weight
     assert "weight" not in vars(model[0])
+
+
+GATES: dict[str, Any] = {
+    "weights": lambda x: L0Pruning(strength=0.1, closed=0.3),
+    "sample": lambda x: InformationBottleneck(example_inputs=(x,)),
+    "step": lambda x: InformationBottleneck(noise="step", example_inputs=(x,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo itself looks at it
+@pytest.mark.parametrize("name", GATES)
+def test_a_compiled_student_trains_and_evaluates_with_its_gates(name: str) -> None:
+    x, found = torch.randn(5, 4), []
+    base = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    for compiled in (False, True):
+        model = copy.deepcopy(base)
+        run = torch.compile(model, backend="eager") if compiled else model
+        outputs: list[torch.Tensor] = []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with attach(run, optimizer, [GATES[name](x)]):
+            for _ in range(2):
+                optimizer.zero_grad()
+                outputs.append(run.train()(x))
+                outputs[-1].square().sum().backward()
+                optimizer.step()
+            outputs.append(run.eval()(x))
+        found.append([output.detach() for output in outputs])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], base(x))

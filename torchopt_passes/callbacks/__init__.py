@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchopt_passes.callbacks.add_early_exits import AddEarlyExits
 from torchopt_passes.callbacks.attach import Session, attach
 from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.batch_norm_slimming import BatchNormSlimming
@@ -17,6 +18,7 @@ from torchopt_passes.callbacks.distill.sim_kd import SimKD
 from torchopt_passes.callbacks.distill.teachers import Teacher
 from torchopt_passes.callbacks.distillation import Distillation
 from torchopt_passes.callbacks.drop_filter import DropFilter
+from torchopt_passes.callbacks.early_exit_model import EarlyExitModel
 from torchopt_passes.callbacks.gradual_bits import GradualBits
 from torchopt_passes.callbacks.gradual_channel_pruning import GradualChannelPruning
 from torchopt_passes.callbacks.gradual_pruning import GradualPruning
@@ -51,6 +53,7 @@ __all__ = [
     "JSD",
     "RKD",
     "SET",
+    "AddEarlyExits",
     "AttentionRelations",
     "AttentionTransfer",
     "AveragedWeights",
@@ -61,6 +64,7 @@ __all__ = [
     "DeeperLayers",
     "Distillation",
     "DropFilter",
+    "EarlyExitModel",
     "Epochs",
     "GradualBits",
     "GradualChannelPruning",

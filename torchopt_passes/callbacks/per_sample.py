@@ -31,6 +31,10 @@ READS: frozenset[object] = frozenset({*_FEATURES_LAST, *_FEATURES_SECOND})
 """Operations that can read with a gate for each sample: those that keep the samples apart, as the first dimension."""
 
 
+_ASIDE = {"grad", "_base"}
+"""Attributes that torch looks at, and no model computes with; shape, dtype and the like are no tensors."""
+
+
 class SampleGatedWeight(torch.Tensor):
     """Stands in for a weight; the operation that reads with it gets its input gated, and the weight itself.
 
@@ -62,7 +66,7 @@ class SampleGatedWeight(torch.Tensor):
             kwargs.pop("weight", None)
             return func(_gated(func, x, weight), weight.weight, *rest, **kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, torch.Tensor):  # shape, dtype and the like are fine
+        if isinstance(result, torch.Tensor) and getattr(getattr(func, "__self__", None), "__name__", "") not in _ASIDE:
             raise CallbackError(
                 f"a weight of shape {tuple(result.shape)} is computed with by {getattr(func, '__name__', func)}, where "
                 'samples cannot be gated one by one: take noise="step", or leave the layer out with skip='

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from torchopt_passes._compat import run_eagerly
 from torchopt_passes.callbacks.lifecycle import Lifecycle
 from torchopt_passes.graph.tensors import aliases, find_owner
 
@@ -81,12 +82,15 @@ class StandIns:
         self.lift()
         self._places = {}
 
+    @run_eagerly
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.lift()  # callbacks make the next ones of the parameters themselves
         tensors: dict[str, torch.Tensor] = {}
         for callback in self._callbacks() if self._callbacks is not None else ():
             tensors |= callback.stand_ins(module.training)
         self.lay(module, tensors)
 
+    @run_eagerly
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # a backward pass may run parts of the model again: what it was computed with stays until the step
         if output is None or not module.training or not torch.is_grad_enabled():
