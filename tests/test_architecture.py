@@ -49,7 +49,7 @@ OPTIONAL = {
     "litert_torch": {"deploy"},
     "ai_edge_litert": {"deploy"},
     "ai_edge_quantizer": {"deploy"},
-    "executorch": {"deploy"},
+    "executorch": {"deploy", "_compat.py"},
     "matplotlib": {"show"},
     "sklearn": {"demo.py"},
     "zstandard": {"deploy/compact_file.py"},

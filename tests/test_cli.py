@@ -67,7 +67,7 @@ def test_passes() -> None:
 
 def test_targets() -> None:
     rows = list(csv.DictReader(io.StringIO(run("targets", "-f", "csv"))))
-    assert [row["target"] for row in rows] == ["inductor", "litert", "onnx", "openvino", "tensorrt"]
+    assert [row["target"] for row in rows] == ["executorch", "inductor", "litert", "onnx", "openvino", "tensorrt"]
     assert "| onnx" in run("targets", "-f", "markdown")
 
 

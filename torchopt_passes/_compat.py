@@ -27,6 +27,7 @@ __all__ = [
     "copy_graph",
     "count_shifted_labels",
     "decomposed_ops",
+    "executorch_threads",
     "fake_tensor_mode",
     "flat_inputs",
     "integer_weight",
@@ -304,6 +305,17 @@ def active_data_parallel() -> nn.Module | None:
     if torch.compiler.is_compiling() or not torch.distributed.is_available():
         return None
     return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def executorch_threads(count: int) -> None:
+    """Let ExecuTorch's kernels run on `count` threads: one pool for the process, of all cores by default.
+
+    Its runtime has no public setting; the pool must not be in use while it is replaced.
+    """
+    from executorch.extension.pybindings import portable_lib  # pyright: ignore[reportMissingImports]
+
+    if portable_lib._threadpool_get_thread_count() != count:
+        portable_lib._unsafe_reset_threadpool(count)
 
 
 def compiled_source(model: nn.Module) -> nn.Module | None:

@@ -14,6 +14,7 @@ from torchopt_passes.deploy.compact import (
     read_compact,
     save_compact,
 )
+from torchopt_passes.deploy.executorch import ExecuTorchTarget
 from torchopt_passes.deploy.export import export
 from torchopt_passes.deploy.footprint import Footprint, footprint
 from torchopt_passes.deploy.inductor import InductorTarget
@@ -30,6 +31,7 @@ __all__ = [
     "Benchmark",
     "CompactReport",
     "CompactTensor",
+    "ExecuTorchTarget",
     "FileBenchmark",
     "FileTiming",
     "Footprint",

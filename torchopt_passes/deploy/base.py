@@ -19,7 +19,7 @@ from torchopt_passes.graph.record import Record
 
 __all__ = ["Runner", "Target", "find_target", "make_target", "target_types", "targets"]
 
-_MODULES = ("inductor", "litert", "onnx", "openvino", "tensorrt")
+_MODULES = ("executorch", "inductor", "litert", "onnx", "openvino", "tensorrt")
 _TARGETS: dict[str, type[Target]] = {}
 
 
@@ -114,7 +114,7 @@ def targets() -> list[dict[str, Any]]:
 
     Example:
         >>> [row["target"] for row in targets()]
-        ['inductor', 'litert', 'onnx', 'openvino', 'tensorrt']
+        ['executorch', 'inductor', 'litert', 'onnx', 'openvino', 'tensorrt']
     """
     rows: list[dict[str, Any]] = []
     for name, target in target_types().items():

@@ -12,8 +12,14 @@ from torchopt_passes.errors import ExportError
 from torchopt_passes.graph.state import erase_unused, free_name, get_state, remove_unused_state, store
 from torchopt_passes.graph.tensors import get_tensor
 
-__all__ = ["fold_static", "make_signed", "unfold_weights"]
+__all__ = ["drop_identities", "fold_static", "make_signed", "unfold_weights"]
 
+_IDENTITIES = {  # of an inference graph
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach.default,
+}
 _HALF = 128  # between the zeros of uint8 and int8
 
 
@@ -63,6 +69,15 @@ def unfold_weights(graph_module: fx.GraphModule) -> None:
         node.replace_input_with(integers, done[integers, *grid])
         erase_unused(integers)
     remove_unused_state(graph_module, before)
+    graph_module.recompile()
+
+
+def drop_identities(graph_module: fx.GraphModule) -> None:
+    """Remove what changes no value at inference, in place: it hides rounded values from a converter's patterns."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
     graph_module.recompile()
 
 

@@ -20,7 +20,7 @@ from torch import fx
 
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.calls import cause_of
-from torchopt_passes.deploy.grids import fold_static, make_signed, unfold_weights
+from torchopt_passes.deploy.grids import drop_identities, fold_static, make_signed, unfold_weights
 from torchopt_passes.deploy.metadata import KEY, Metadata
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.errors import ConfigError, ExportError
@@ -63,6 +63,7 @@ class LiteRtTarget(Target):
 
     def prepare(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """Write grids as int8 ones and weights as floats that the graph rounds, and let views infer the batch."""
+        drop_identities(graph_module)
         fold_static(graph_module)
         make_signed(graph_module, "LiteRT")
         unfold_weights(graph_module)

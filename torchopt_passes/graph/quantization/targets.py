@@ -218,6 +218,19 @@ TARGETS: dict[str, Target] = {
             follow=_MAX_POOLS | _VIEWS,
             no_grid={"uint8 weights": "its kernels take int8 weights about zero alone"},
         ),
+        # ExecuTorch: XNNPACK's int8 kernels return int8; products of two activations and softmax are float there, and
+        # squeezes are left to portable kernels
+        Target(
+            name="executorch",
+            int8=frozenset({"conv1d", "conv2d", "linear", "addmm", "matmul"}),
+            no_kernel=_COMMON | {"conv3d": "has no kernel for 3-D convolutions in XNNPACK"},
+            dynamic_matmul=False,
+            rounded_outputs=frozenset({"conv1d", "conv2d", "linear", "addmm", "matmul"}),
+            rounded_adds="both",
+            bias_apart=frozenset(),
+            follow=_MAX_POOLS | _VIEWS - {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims},
+            no_grid={"uint8 weights": "its kernels take int8 weights about zero alone"},
+        ),
     )
 }
 # PyTorch itself, which rounds to any grid and computes in float: to see what hardware of another kind would do

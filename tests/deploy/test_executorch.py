@@ -1,0 +1,168 @@
+"""ExecuTorch: what is in a .pte file is what the model computes, in float and in int8, here and in a new process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.deploy.compressed import compressed, graph_of
+from tests.deploy.sources import get
+from torchopt_passes.deploy import Artifact, ExecuTorchTarget, compressed_size, export, open_artifact
+from torchopt_passes.deploy.calls import run_source
+from torchopt_passes.errors import ConfigError, ExportError
+
+pytest.importorskip("executorch", reason="needs pip install 'torchopt_passes[executorch]'")
+# what the exporter warns of is not ours to change
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CNNS = ("plain", "plain int8", "plain pruned qat", "plain clustered")
+SOURCES = (*CNNS, "bert int8")
+
+
+def source(name: str) -> nn.Module:
+    base, _, kind = name.partition(" ")
+    return compressed(base, "executorch", kind) if kind else graph_of(base)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    folder = tmp_path_factory.mktemp("executorch")
+    return {name: export(source(name), folder / f"{name}.pte", max_batch=8) for name in SOURCES}
+
+
+def inputs_of(name: str, batch: int) -> dict[str, torch.Tensor]:
+    _, example = get(name.partition(" ")[0])
+    generator = torch.Generator().manual_seed(batch)
+    rows = torch.arange(batch) % 2
+    return {
+        key: torch.randn(batch, *value.shape[1:], generator=generator) if value.is_floating_point() else value[rows]
+        for key, value in example.items()
+        if key != "labels"
+    }
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_equals_the_source_at_every_batch(files: dict[str, Artifact], name: str, batch: int) -> None:
+    artifact, call = files[name], inputs_of(name, batch)
+    results = run_source(source(name), ((), call))
+    want = results.get("logits", next(iter(results.values())))
+    got = artifact(**call)
+    assert isinstance(got, torch.Tensor)
+    assert got.shape == want.shape and got.dtype == want.dtype
+    float32 = name in ("plain", "plain clustered")
+    assert artifact.metadata.precision == ("float32" if float32 else "int8")
+    assert float((got - want).norm() / want.norm()) < (1e-5 if float32 else 0.02)
+
+
+def test_sizes_are_open_up_to_a_stated_bound(files: dict[str, Artifact]) -> None:
+    assert files["plain"].metadata.inputs[0].shape == ("batch", 3, 16, 16)
+    assert files["plain"].report()["largest sizes"] == "batch 8"
+    # the model has 64 positions, fewer than `max_length`
+    assert files["bert int8"].report()["largest sizes"] == "batch 8, input_ids_1 64"
+    with pytest.raises(ExportError, match=r"cannot run inputs of sizes \[\(9, 3, 16, 16\)\] \(largest: batch 8\)"):
+        files["plain"](torch.zeros(9, 3, 16, 16))
+    with pytest.raises(ConfigError, match="at least 3"):
+        ExecuTorchTarget(max_batch=1)
+
+
+def test_results_are_not_overwritten_by_the_next_call(files: dict[str, Artifact]) -> None:
+    first = files["plain"](**inputs_of("plain", 2))
+    assert isinstance(first, torch.Tensor)
+    kept = first.clone()
+    files["plain"](torch.zeros(2, 3, 16, 16))
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("plain int8", {"convolution int8": 3, "linear int8": 1, "add int8": 1, "portable mean": 1}),
+        ("plain pruned qat", {"convolution int8": 3, "linear int8": 1, "add int8": 1}),
+        ("bert int8", {"linear int8": 14, "bmm": 4}),
+        ("plain", {"convolution": 3, "linear": 1, "add": 1}),
+    ],
+)
+def test_int8_is_int8(files: dict[str, Artifact], name: str, kernels: dict[str, int]) -> None:
+    found = {kernel: int(n) for kernel, n in (i.rsplit(" ", 1) for i in files[name].report()["kernels"].split(", "))}
+    assert {kernel: found.get(kernel) for kernel in kernels} == kernels
+    if name != "plain":
+        assert "convolution" not in found and "linear" not in found
+
+
+def test_sizes_on_disk(files: dict[str, Artifact]) -> None:
+    assert files["plain int8"].size <= 0.3 * files["plain"].size
+    assert files["plain pruned qat"].size <= 0.12 * files["plain"].size
+    assert compressed_size(files["plain clustered"].path) <= 0.2 * files["plain"].size
+
+
+def test_a_new_process_gives_the_same(files: dict[str, Artifact], tmp_path: Path) -> None:
+    inputs = {name: inputs_of(name, 2) for name in SOURCES}
+    save_file({f"{n}/{k}": v for n, call in inputs.items() for k, v in call.items()}, tmp_path / "in.safetensors")
+    (tmp_path / "paths.json").write_text(json.dumps({name: str(a.path) for name, a in files.items()}))
+    done = subprocess.run(
+        [sys.executable, "-c", NEW_PROCESS, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    again = load_file(tmp_path / "out.safetensors")
+    for name in SOURCES:
+        assert torch.equal(again[name], files[name](**inputs[name])), name
+
+
+NEW_PROCESS = """
+import json, pathlib, sys, torch
+torch.set_num_threads(1)
+from safetensors.torch import load_file, save_file
+from torchopt_passes.deploy import open_artifact
+folder = pathlib.Path(sys.argv[1])
+tensors = load_file(folder / "in.safetensors")
+results = {}
+for name, path in json.loads((folder / "paths.json").read_text()).items():
+    call = {key.split("/")[1]: value for key, value in tensors.items() if key.split("/")[0] == name}
+    results[name] = open_artifact(path)(**call).contiguous()
+save_file(results, folder / "out.safetensors")
+heavy = {"transformers", "torchao", "executorch.exir"} & set(sys.modules)
+sys.exit(", ".join(heavy) or 0)
+"""
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "flipped"])
+def test_damaged_and_foreign_files_are_refused(files: dict[str, Artifact], tmp_path: Path, damage: str) -> None:
+    data = files["plain"].path.read_bytes()
+    half = len(data) // 2
+    path = tmp_path / "m.pte"
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": data[:half],
+            "foreign": data.replace(b"torchopt_passes", b"something_other"),
+            "flipped": data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :],
+        }[damage]
+    )
+    with pytest.raises(ExportError, match=r"damaged|was not written by torchopt_passes"):
+        open_artifact(path)
+
+
+class Unsupported(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.svdvals(x)
+
+
+def test_an_unsupported_operation_is_named_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"ExecuTorch cannot take .*_linalg_svd"):
+        export(Unsupported(), tmp_path / "m.pte", example_inputs=(torch.randn(4, 3),), dynamic=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_rounded_for_another_runtime_says_what_to_do(tmp_path: Path) -> None:
+    graph = compressed("bert", "onnx", "int8")  # its linears return float
+    with pytest.raises(ExportError, match=r'InsertFakeQuant\(target="executorch"\)'):
+        export(graph, tmp_path / "m.pte", dynamic=False)
+    assert not list(tmp_path.iterdir())
