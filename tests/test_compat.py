@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -209,3 +210,12 @@ def test_what_runs_eagerly_is_not_compiled() -> None:
     compiled = torch.compile(outer, backend="eager")
     assert float(compiled(torch.tensor(1.0))) == 9.0
     assert seen == [False]
+
+
+def test_executorch_runs_on_as_many_threads_as_asked() -> None:
+    pytest.importorskip("executorch", reason="needs pip install 'torchopt_passes[executorch]'")
+    from executorch.extension.pybindings import portable_lib
+
+    for count in (2, 1):
+        _compat.executorch_threads(count)
+        assert portable_lib._threadpool_get_thread_count() == count

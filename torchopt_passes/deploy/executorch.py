@@ -27,6 +27,7 @@ __all__ = ["ExecuTorchTarget"]
 
 # behind the program, where the runtime does not look: metadata, its length, SHA-256 of the program, our mark
 _MARK = KEY.encode()
+_ADVICE = ("", '. XNNPACK needs input, weight and output rounded: quantize with InsertFakeQuant(target="executorch")')
 _TAIL = struct.Struct(f"<Q32s{len(_MARK)}s")
 
 
@@ -85,7 +86,9 @@ class ExecuTorchTarget(Target):
                 kernels = _kernels(edge.exported_program().graph_module)
                 path.write_bytes(bytes(edge.to_executorch().buffer))
         except Exception as error:
-            raise ExportError(f"ExecuTorch cannot take {_where(error)}") from error
+            raise ExportError(
+                f"ExecuTorch cannot take {_where(error)}{_ADVICE[program.precision == 'int8']}"
+            ) from error
         return {"kernels": kernels} | (
             {"largest sizes": ", ".join(f"{n} {b}" for n, b in bounds.items())} if bounds else {}
         )
@@ -200,11 +203,6 @@ def _called(node: fx.Node) -> str:
 def _where(error: Exception) -> str:
     """Return the operation that the lowering failed at, and why."""
     text = str(error)
-    if "dequantize_per_channel" in text and "out variants" in text:
-        return (
-            "an int8 weight whose operation XNNPACK computes in float (its input or output is not rounded): quantize "
-            'with InsertFakeQuant(target="executorch")'
-        )
     found = re.search(r"target=(?:torch\.ops\.)?([\w.]+)", text) or re.search(r"(aten[.:]+[\w.]+)", text)
     return f"{found[1] if found else 'the model'}: {cause_of(error)[:500]}"
 
