@@ -57,7 +57,7 @@ class Recipe:
         >>> load_recipe({"version": 1, "passes": [{"prune_weights": {"sparsty": 0.5}}]})
         Traceback (most recent call last):
         ...
-        torchopt_passes.errors.ConfigError: recipe: PruneWeights: unknown ['sparsty']; it has ['include', ...]
+        torchopt_passes.errors.ConfigError: recipe: PruneWeights: unknown ['sparsty']; it has ['count', ...]
     """
 
     passes: tuple[GraphPass, ...] = ()

@@ -266,7 +266,7 @@ def test_unknown_output_is_an_error(tmp_path: Any) -> None:
     ("path", "options", "message"),
     [
         ("m.weights", {}, "the suffix tells no target"),
-        ("m.onnx", {"target": "tensorrt"}, "no target 'tensorrt'"),
+        ("m.onnx", {"target": "coreml"}, "no target 'coreml'"),
         ("m.onnx", {"target": "inductor"}, "end in '.pt2'"),
         ("m.onnx", {"opset": 3}, "18 to 25"),
         ("m.onnx", {"opsett": 20}, "unknown \\['opsett'\\]"),
