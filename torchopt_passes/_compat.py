@@ -194,10 +194,7 @@ def size_guards(exported: ExportedProgram) -> tuple[str, ...]:
 
 
 def aoti_compile(exported: ExportedProgram, path: Path, options: dict[str, Any]) -> None:
-    """Compile a program ahead of time into a ``.pt2`` package; `options` are inductor's, for this call only.
-
-    The documented entry point of AOTInductor lies in a private module.
-    """
+    """Compile a program into a ``.pt2`` package; `options` are inductor's, the entry point is private."""
     with _quiet_inductor():
         import torch._inductor
 
@@ -206,10 +203,7 @@ def aoti_compile(exported: ExportedProgram, path: Path, options: dict[str, Any])
 
 @contextmanager
 def _quiet_inductor() -> Generator[None]:
-    """Keep the compiler from warning of its own code, which no user can change.
-
-    It does so of ``torch.jit`` when it is imported, and of a copy that lowering int8 weights makes.
-    """
+    """Keep the compiler from warning of its own code: its use of ``torch.jit``, a copy of int8 weights."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script_method", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="To copy construct from a tensor", category=UserWarning)
@@ -308,10 +302,7 @@ def active_data_parallel() -> nn.Module | None:
 
 
 def executorch_threads(count: int) -> None:
-    """Let ExecuTorch's kernels run on `count` threads: one pool for the process, of all cores by default.
-
-    Its runtime has no public setting; the pool must not be in use while it is replaced.
-    """
+    """Let ExecuTorch's kernels run on `count` threads; its one pool must not be in use meanwhile."""
     from executorch.extension.pybindings import portable_lib  # pyright: ignore[reportMissingImports]
 
     if portable_lib._threadpool_get_thread_count() != count:

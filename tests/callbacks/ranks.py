@@ -36,6 +36,8 @@ from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.quantization import Calibrate, InsertFakeQuant
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 
+# one case of each class: the same code runs for its variants, and two processes are slow
+RANKED = {name: case for name, case in CASES.items() if "-" not in name}
 BATCH, STEPS = 8, 6
 DATA = ragged_tokens(16)
 CALIBRATIONS = ("minmax", "percentile", "mse", "entropy", "auto")
@@ -130,7 +132,7 @@ def _plain(case: Case) -> Job:
     return job
 
 
-for name, case in CASES.items():
+for name, case in RANKED.items():
     JOBS[f"trainer {name}"] = _trainer(case)
     JOBS[f"plain {name}"] = _plain(case)
 

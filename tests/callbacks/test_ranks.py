@@ -18,7 +18,7 @@ from torch import nn
 from tests.callbacks import ranks
 from tests.callbacks.cases import CASES
 from tests.callbacks.loops import collate, images, quantized_net, tiny_bert, uncoupled
-from tests.callbacks.ranks import BATCH, CALIBRATIONS, DATA, STEPS, calibrate, train_plain, train_trainer
+from tests.callbacks.ranks import BATCH, CALIBRATIONS, DATA, RANKED, STEPS, calibrate, train_plain, train_trainer
 from tests.callbacks.test_owned import Probe
 from torchopt_passes.callbacks import QuantizationSchedule
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
@@ -63,13 +63,13 @@ def assert_same(state: State, expected: State) -> None:
         assert torch.allclose(state[name], tensor, atol=1e-6), name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RANKED)
 def test_the_trainer_on_two_ranks(name: str, found: dict[str, list[Any]], tmp_path: Path) -> None:
     single = train_trainer(CASES[name], tmp_path, ranks=1).state_dict()
     assert_same(both(found, f"trainer {name}"), single)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RANKED)
 def test_a_plain_loop_on_two_ranks(name: str, found: dict[str, list[Any]]) -> None:
     case = CASES[name]
     model = ranks.student(case)

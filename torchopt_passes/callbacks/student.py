@@ -318,7 +318,8 @@ class Student:
     def _add_terms(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not module.training or not self._callbacks:
             return None
-        changing = [callback for callback in self._callbacks if callback.changes_loss]
+        # by name: sums of floats depend on their order, and that of the callbacks must not matter
+        changing = sorted((c for c in self._callbacks if c.changes_loss), key=lambda c: type(c).__qualname__)
         loss = loss_of(output)
         if loss is None:
             if changing:
