@@ -136,10 +136,10 @@ class ExecuTorchTarget(Target):
         placeholders = program.exported.graph.find_nodes(op="placeholder")[-len(program.inputs) :]
         for node, spec in zip(placeholders, program.inputs, strict=True):
             for size, name in zip(node.meta["val"].shape, spec.shape, strict=True):
-                ranges: dict[Any, Any] = dict(program.exported.range_constraints)
-                limit = ranges.get(size.node.expr).upper if isinstance(name, str) else None
-                if isinstance(name, str) and getattr(limit, "is_Integer", False):  # else it has none
-                    bounds[name] = min(bounds[name], int(limit))
+                if isinstance(name, str):
+                    ranges: dict[Any, Any] = dict(program.exported.range_constraints)
+                    limit: Any = ranges[size.node.expr].upper
+                    bounds[name] = min(bounds[name], int(limit)) if limit.is_Integer else bounds[name]  # else infinite
         dims = {name: torch.export.Dim(name, min=1, max=bound) for name, bound in bounds.items()}
         shapes = tuple(
             {place: dims[size] for place, size in enumerate(spec.shape) if isinstance(size, str)}
