@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.data import DataLoader
+from transformers.models.bert.modeling_bert import BertLayer
 
 from tests.callbacks.cases import CASES, Case
 from tests.callbacks.loops import (
@@ -31,15 +35,36 @@ from tests.callbacks.loops import (
 )
 from tests.callbacks.other_loops import micro_batches
 from tests.callbacks.test_owned import Probe
-from torchopt_passes.callbacks import Distillation, GradualPruning, QuantizationSchedule, attach, num_items_in_batch
+from torchopt_passes.callbacks import (
+    Distillation,
+    GradualPruning,
+    QuantizationSchedule,
+    Session,
+    attach,
+    num_items_in_batch,
+)
+from torchopt_passes.callbacks.sharded import keep_largest_by_counts, whole
+from torchopt_passes.callbacks.weight_masks import WeightMasks
+from torchopt_passes.callbacks.weight_penalty import WeightPenalty
 from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.quantization import Calibrate, InsertFakeQuant
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 
 # one case of each class: the same code runs for its variants, and two processes are slow
 RANKED = {name: case for name, case in CASES.items() if "-" not in name}
-BATCH, STEPS = 8, 6
+BATCH, STEPS, RATE = 8, 6, 0.1
 DATA = ragged_tokens(16)
+SCORES = {"a": (5, 7), "b": (4,), "c": (3, 4, 2), "d": (1, 9)}
+SCORE_TYPES = (torch.float32, torch.bfloat16, torch.float64)
+SPARSITIES = (0.0, 0.02, 0.3, 0.5, 0.77, 0.99, 1.0)
+ATTACHED_FIRST = {"Distillation-features": "brings parameters", "Distillation-self": "a self-teacher is a copy"}
+"""What needs the model whole when it is installed, and the error that says so."""
+SHARDED = [
+    name
+    for name, case in CASES.items()
+    if (name in RANKED and isinstance(case.make(), WeightMasks | WeightPenalty | Distillation))
+    or name in ATTACHED_FIRST
+]
 CALIBRATIONS = ("minmax", "percentile", "mse", "entropy", "auto")
 
 Job = Callable[[Path], Any]
@@ -60,7 +85,7 @@ def train_trainer(case: Case, folder: Path, ranks: int, **options: Any) -> nn.Mo
     model = student(case)
     if ranks > 1:
         options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False, **options}
-    options |= {"optim": "sgd", "learning_rate": 0.5}
+    options |= {"optim": "sgd", "learning_rate": RATE}
     data = case.data(16)
     make_trainer(
         model, data, folder, [callback(case)], batch=BATCH // ranks, accumulate=2, steps=STEPS, **options
@@ -84,11 +109,11 @@ def train_plain(
     *,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     accumulate: int = 2,
-    rate: float = 0.5,
+    **options: float,
 ) -> None:
     """A loop of one's own: attached before the model is wrapped."""
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    optimizer = torch.optim.SGD(model.parameters(), **({"lr": RATE} | options))
     with attach(model, optimizer, callbacks, total_steps=STEPS) as session:
         wrapped = wrap(model)
         for step in range(STEPS):
@@ -99,6 +124,13 @@ def train_plain(
             optimizer.step()
             optimizer.zero_grad()
             assert session.step == step + 1
+
+
+def tied_scores(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.randint(-3, 9, shape, generator=generator) / 4 for name, shape in SCORES.items()}
+    scores["a"][0, 0], scores["b"][0], scores["b"][1], scores["c"][2, 2, 1] = torch.nan, -0.0, -torch.inf, torch.inf
+    return {name: score.to(dtype) for name, score in scores.items()}
 
 
 def calibrate(method: str) -> dict[str, torch.Tensor]:
@@ -113,6 +145,33 @@ def calibrate(method: str) -> dict[str, torch.Tensor]:
     numbers = {edit.quantizer: torch.tensor(list(edit.numbers.values())) for edit in plan.edits}
     ranges = {name: torch.cat([q.min_val, q.max_val]) for name, q in fake_quantizers(model)}
     return {**{f"{name} numbers": value for name, value in numbers.items()}, **ranges}
+
+
+def train_sharded(model: nn.Module, case: Case, *, attach_first: bool) -> Session:
+    """FSDP2, one group of parameters for each layer; the session is left open."""
+    model.train()
+    session = Session(model, [callback(case)]) if attach_first else None
+    for module in model.modules():
+        if isinstance(module, BertLayer):
+            fully_shard(module)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.5)
+    if session is None:
+        session = attach(model, optimizer, [callback(case)], total_steps=STEPS)
+    else:
+        session.bind(optimizer, total_steps=STEPS)
+    for step in range(STEPS):
+        parts = own_part(case.data(16), step, accumulate=2)
+        items = num_items_in_batch(model, parts)
+        for part in parts:
+            model(**part, num_items_in_batch=items).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return session
+
+
+def gathered(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: whole(value).clone() for name, value in state.items()}
 
 
 def ddp(model: nn.Module, find_unused: bool = True) -> nn.Module:
@@ -132,9 +191,24 @@ def _plain(case: Case) -> Job:
     return job
 
 
+def _sharded(case: Case, attach_first: bool) -> Job:
+    def job(folder: Path) -> Any:
+        model = student(case)
+        session = train_sharded(model, case, attach_first=attach_first)
+        masks = [b for name, b in model.named_buffers() if name.endswith("_mask")]
+        assert all(isinstance(mask, DTensor) for mask in masks)
+        session.close()
+        return {**gathered(model.state_dict()), "masks": torch.tensor(len(masks))}
+
+    return job
+
+
 for name, case in RANKED.items():
     JOBS[f"trainer {name}"] = _trainer(case)
     JOBS[f"plain {name}"] = _plain(case)
+for name in SHARDED:
+    JOBS[f"sharded, then attached {name}"] = _sharded(CASES[name], attach_first=False)
+    JOBS[f"attached, then sharded {name}"] = _sharded(CASES[name], attach_first=True)
 
 
 def _job(run: Job) -> Job:
@@ -147,7 +221,7 @@ def accelerate(folder: Path) -> Any:
     """Accelerate's loop, which shards the batches by its own rule."""
     model, case = tiny_bert(), CASES["GradualPruning"]
     accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     with attach(model, optimizer, [case.make(), Probe(lr=1.0)], total_steps=STEPS) as session:
         loader = DataLoader(case.data(BATCH * STEPS), batch_size=BATCH // 2, collate_fn=collate)
         prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -208,7 +282,7 @@ def ranges(folder: Path) -> Any:
     data = [
         dict(image, pixel_values=image["pixel_values"] * (10 if i % 2 else 1)) for i, image in enumerate(images(16))
     ]
-    train_plain(model, data, [QuantizationSchedule(observer_off=4)], wrap=ddp, accumulate=1, rate=0.0)
+    train_plain(model, data, [QuantizationSchedule(observer_off=4)], wrap=ddp, accumulate=1, lr=0.0)
     return model.state_dict()
 
 
@@ -220,6 +294,19 @@ def calibrated(folder: Path) -> Any:
 @_job
 def order_matters(folder: Path) -> Any:
     return calibrate("histogram")
+
+
+@_job
+def counted(folder: Path) -> Any:
+    """Global thresholds by counts, on parts of unequal size with many ties, NaN, infinities and zeros of both signs."""
+    mesh = init_device_mesh("cpu", (2,))
+    found: dict[str, torch.Tensor] = {}
+    for dtype in SCORE_TYPES:
+        for sparsity in SPARSITIES:
+            parts = {n: distribute_tensor(s, mesh, [Shard(0)]) for n, s in tied_scores(dtype).items()}
+            masks = keep_largest_by_counts(parts, sparsity)
+            found |= {f"{dtype} {sparsity} {name}": mask.full_tensor() for name, mask in masks.items()}
+    return found
 
 
 @_job

@@ -18,9 +18,24 @@ from torch import nn
 from tests.callbacks import ranks
 from tests.callbacks.cases import CASES
 from tests.callbacks.loops import collate, images, quantized_net, tiny_bert, uncoupled
-from tests.callbacks.ranks import BATCH, CALIBRATIONS, DATA, RANKED, STEPS, calibrate, train_plain, train_trainer
+from tests.callbacks.ranks import (
+    ATTACHED_FIRST,
+    BATCH,
+    CALIBRATIONS,
+    DATA,
+    RANKED,
+    SCORE_TYPES,
+    SHARDED,
+    SPARSITIES,
+    STEPS,
+    calibrate,
+    tied_scores,
+    train_plain,
+    train_trainer,
+)
 from tests.callbacks.test_owned import Probe
 from torchopt_passes.callbacks import QuantizationSchedule
+from torchopt_passes.functional.masks import removed_count
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 from torchopt_passes.ranks import checksum
 
@@ -52,6 +67,7 @@ def both(found: dict[str, list[Any]], job: str) -> Any:
         assert not isinstance(result, str), result
     assert first.keys() == second.keys()
     for name, tensor in first.items():
+        assert torch.isfinite(tensor).all(), name
         assert torch.equal(tensor, second[name]), f"{name} differs between ranks"
     return first
 
@@ -59,7 +75,8 @@ def both(found: dict[str, list[Any]], job: str) -> Any:
 def assert_same(state: State, expected: State) -> None:
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(state[name] == 0, tensor == 0), name
+        # the bias of keys has no gradient but rounding
+        assert tensor.ndim < 2 or torch.equal(state[name] == 0, tensor == 0), name
         assert torch.allclose(state[name], tensor, atol=1e-6), name
 
 
@@ -75,6 +92,20 @@ def test_a_plain_loop_on_two_ranks(name: str, found: dict[str, list[Any]]) -> No
     model = ranks.student(case)
     train_plain(model, case.data(16), [ranks.callback(case)])
     assert_same(both(found, f"plain {name}"), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_weights_are_pruned_as_whole_ones(name: str, found: dict[str, list[Any]]) -> None:
+    case = CASES[name]
+    model = ranks.student(case)
+    train_plain(model, case.data(16), [ranks.callback(case)], momentum=0.5)
+    for order in ("sharded, then attached", "attached, then sharded"):
+        if order.startswith("sharded") and name in ATTACHED_FIRST:
+            assert all(ATTACHED_FIRST[name] in result for result in found[f"{order} {name}"])
+            continue
+        state = both(found, f"{order} {name}")
+        assert bool(state.pop("masks")) == any(ending.endswith("_mask") for ending in case.extra_state)
+        assert_same(state, dict(model.state_dict()))
 
 
 def test_accelerate_on_two_ranks(found: dict[str, list[Any]]) -> None:
@@ -122,8 +153,8 @@ def test_ranges_are_those_of_the_data_of_all_ranks(found: dict[str, list[Any]]) 
     data = [
         dict(image, pixel_values=image["pixel_values"] * (10 if i % 2 else 1)) for i, image in enumerate(images(16))
     ]
-    train_plain(model, data, [QuantizationSchedule(observer_off=4)], accumulate=1, rate=0.0)
-    train_plain(alone, data[::2] * 2, [QuantizationSchedule(observer_off=4)], accumulate=1, rate=0.0)
+    train_plain(model, data, [QuantizationSchedule(observer_off=4)], accumulate=1, lr=0.0)
+    train_plain(alone, data[::2] * 2, [QuantizationSchedule(observer_off=4)], accumulate=1, lr=0.0)
     state, single = both(found, "ranges"), model.state_dict()
     first = next(name for name, q in fake_quantizers(model) if not q.exact)  # of the input: nothing is rounded before
     for key in (f"{first}.min_val", f"{first}.max_val", f"{first}.scale"):
@@ -146,6 +177,19 @@ def test_calibration_over_ranks_is_that_of_all_batches(method: str, found: dict[
 def test_calibration_that_depends_on_the_order_is_refused(found: dict[str, list[Any]]) -> None:
     for result in found["order_matters"]:
         assert "'histogram' depends on the order of the batches: take" in result
+
+
+@pytest.mark.parametrize("dtype", SCORE_TYPES, ids=str)
+def test_global_thresholds_by_counts_are_those_of_whole_tensors(
+    dtype: torch.dtype, found: dict[str, list[Any]]
+) -> None:
+    state, scores = both(found, "counted"), tied_scores(dtype)
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    for sparsity in SPARSITIES:
+        removed = flat.argsort(stable=True)[: removed_count(sparsity, len(flat))]
+        expected = torch.ones(len(flat), dtype=torch.bool).index_fill_(0, removed, False)
+        masks = torch.cat([state[f"{dtype} {sparsity} {name}"].flatten() for name in scores])
+        assert torch.equal(masks, expected), sparsity
 
 
 def test_ranks_with_different_masks_are_found_out(found: dict[str, list[Any]]) -> None:

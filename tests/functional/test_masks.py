@@ -168,3 +168,17 @@ def test_threshold_must_not_be_negative() -> None:
 def test_sparsity_of_counts_all_tensors_together() -> None:
     assert masks.sparsity_of([]) == 0.0
     assert masks.sparsity_of([torch.tensor([0.0, -0.0, 1.0]), torch.zeros(1, 5)]) == 7 / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64])
+def test_selection_removes_what_a_stable_sort_puts_first(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 7, 300):
+        scores = torch.randint(-3, 4, (size,), generator=generator).to(dtype)
+        if dtype.is_floating_point and size > 2:
+            scores[0], scores[1], scores[2] = torch.nan, -torch.inf, -0.0
+            scores[-1] = torch.nan
+        for removed in range(size + 1):
+            expected = torch.ones(size, dtype=torch.bool)
+            expected[scores.argsort(stable=True)[:removed]] = False
+            assert torch.equal(masks.keep_largest(scores, removed / size), expected), (size, removed)

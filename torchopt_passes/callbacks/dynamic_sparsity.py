@@ -11,6 +11,7 @@ import torch
 
 from torchopt_passes.callbacks.lifecycle import Epochs, Progress, When, check_when
 from torchopt_passes.callbacks.optimizer_entries import forget_entries
+from torchopt_passes.callbacks.sharded import masks_by, part_of, whole
 from torchopt_passes.callbacks.targets import Target
 from torchopt_passes.callbacks.weight_masks import WeightMasks
 from torchopt_passes.errors import CallbackError, ConfigError
@@ -121,15 +122,17 @@ class DynamicSparsity(WeightMasks):
             else t.weight.detach().abs()
             for t in self._targets
         }
-        found = self._rule.masks(scores, self.sparsity)
+        found = masks_by(self._rule, scores, self.sparsity)
         for target in self._targets:
-            target.mask.copy_(found[target.fqn])
+            target.choose(found[target.fqn])
         self._apply()
 
     def _exchange(self, target: Target, step: int) -> None:
         fraction = drop_fraction(step, self._last, self.drop)
-        mask, grown = drop_and_grow(target.weight.abs(), self._growth(target, step), target.mask, fraction)
-        target.mask.copy_(mask)
+        kept, growth = whole(target.weight.abs()), whole(self._growth(target, step))
+        found = drop_and_grow(kept, growth, whole(target.mask), fraction)
+        mask, grown = (part_of(each, target.weight) for each in found)
+        target.choose(mask)
         target.weight.masked_fill_(~mask | grown, 0)
         if self.student is not None and self.student.optimizer is not None:
             forget_entries(self.student.optimizer, target.weight, grown)

@@ -10,6 +10,7 @@ import torch
 from torchopt_passes.callbacks.criteria import Criterion, named_criterion
 from torchopt_passes.callbacks.gradual import GradualMasks
 from torchopt_passes.callbacks.lifecycle import Progress
+from torchopt_passes.callbacks.sharded import masks_by, part_of, whole
 from torchopt_passes.callbacks.targets import Target
 from torchopt_passes.callbacks.weight_masks import WeightMasks
 from torchopt_passes.errors import ConfigError
@@ -105,7 +106,7 @@ class GradualPruning(WeightMasks, GradualMasks):
         super().begin(progress)
 
     def _fits(self, target: Target) -> None:
-        self._rule.masks({"": target.weight}, self._span[1], {"": target.input_dim})
+        self._rule.masks({"": whole(target.weight)}, self._span[1], {"": target.input_dim})
 
     def _state(self, target: Target) -> dict[str, torch.Tensor]:
         return self._criterion.state(target)
@@ -117,12 +118,12 @@ class GradualPruning(WeightMasks, GradualMasks):
 
     def _choose(self, value: float) -> None:
         """Mask the weights that rank lowest, so many that `value` is the sparsity."""
-        scores = {target.fqn: self._criterion.scores(target) for target in self._targets}
+        scores = {target.fqn: part_of(self._criterion.scores(target), target.weight) for target in self._targets}
         if not self._dense:  # what is removed has lost its value: it leaves first
             scores = {t.fqn: scores[t.fqn].float().masked_fill(~t.mask, -torch.inf) for t in self._targets}
-        found = self._rule.masks(scores, value, {target.fqn: target.input_dim for target in self._targets})
+        found = masks_by(self._rule, scores, value, {target.fqn: target.input_dim for target in self._targets})
         for target in self._targets:
-            target.mask.copy_(found[target.fqn])
+            target.choose(found[target.fqn])
             self._criterion.chosen(target)
 
     def _ended(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torchopt_passes.callbacks.lifecycle import Epochs, Progress, When, check_when
 from torchopt_passes.callbacks.optimizer_entries import forget
 from torchopt_passes.callbacks.owned import is_owned
+from torchopt_passes.callbacks.sharded import masks_by, part_of
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.callbacks.weight_masks import WeightMasks
 from torchopt_passes.errors import CallbackError, ConfigError
@@ -169,19 +170,19 @@ class LotteryTicket(WeightMasks):
 
     def _keep(self) -> None:
         for owner, name in self._kept:
-            owner.get_buffer(f"{name}_rewind").copy_(getattr(owner, name).detach())
+            owner.register_buffer(f"{name}_rewind", getattr(owner, name).detach().clone())
 
     def _prune(self, sparsity: float) -> None:
         scores = {t.fqn: t.weight.detach().abs().masked_fill(~t.mask, -torch.inf) for t in self._targets}
-        found = self._rule.masks(scores, sparsity)
+        found = masks_by(self._rule, scores, sparsity)
         for target in self._targets:
-            target.mask.copy_(found[target.fqn])
+            target.choose(found[target.fqn])
 
     def _go_back(self) -> None:
         optimizer = self.student.optimizer if self.student is not None else None
         for owner, name in self._kept:
             tensor = getattr(owner, name)
-            tensor.copy_(owner.get_buffer(f"{name}_rewind"))
+            tensor.copy_(part_of(owner.get_buffer(f"{name}_rewind"), tensor))
             if optimizer is not None:
                 forget(optimizer, tensor)
         self._apply()

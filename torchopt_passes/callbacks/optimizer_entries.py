@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from torchopt_passes.callbacks.sharded import own_part
+
 __all__ = ["forget", "forget_entries"]
 
 logger = logging.getLogger(__name__)
@@ -28,11 +30,12 @@ def forget_entries(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, en
     for key, value in optimizer.state.get(parameter, {}).items():
         if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
             continue
-        dequantize: Any = getattr(value, "dequantize", None)
-        if type(value) is not torch.Tensor and dequantize is not None:
-            value.copy_(dequantize().masked_fill(entries, 0.0))
-        elif value.is_floating_point():
-            value.masked_fill_(entries, 0.0)
+        held, gone = own_part(value), own_part(entries)
+        dequantize: Any = getattr(held, "dequantize", None)
+        if type(held) is not torch.Tensor and dequantize is not None:
+            held.copy_(dequantize().masked_fill(gone, 0.0))
+        elif held.is_floating_point():
+            held.masked_fill_(gone, 0.0)
         else:
             logger.warning(
                 "%s keeps %r as %s, whose single entries cannot be set to zero: grown weights begin with an old moment",

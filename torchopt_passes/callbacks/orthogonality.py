@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from torchopt_passes.callbacks.sharded import whole
 from torchopt_passes.callbacks.weight_penalty import WeightPenalty
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional.penalties import restricted_isometry, soft_orthogonality
@@ -55,7 +56,7 @@ class Orthogonality(WeightPenalty):
     def penalty(self) -> torch.Tensor:
         """Return the penalty of the weights as they are now."""
         pairs = zip(self._targets, self._wide(), strict=True)
-        rows = [weight.movedim(1 if target.input_dim == 0 else 0, 0).flatten(1) for target, weight in pairs]
+        rows = [whole(weight).movedim(1 if target.input_dim == 0 else 0, 0).flatten(1) for target, weight in pairs]
         if self.measure == "soft":
             return self.strength * torch.stack([soft_orthogonality(matrix) for matrix in rows]).sum()
         return self.strength * torch.stack([restricted_isometry(matrix, self.steps) for matrix in rows]).sum()

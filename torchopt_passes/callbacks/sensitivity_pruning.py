@@ -8,6 +8,7 @@ import torch
 
 from torchopt_passes.callbacks.gradual import GradualMasks
 from torchopt_passes.callbacks.sensitivities import Sensitivities
+from torchopt_passes.callbacks.sharded import whole
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.callbacks.targets import Target
 from torchopt_passes.callbacks.weight_masks import WeightMasks
@@ -80,7 +81,7 @@ class SensitivityPruning(WeightMasks, GradualMasks):
         for target in self._targets:
             limit = target.state("limit")
             if float(limit) == 0.0:
-                limit.fill_(self._sensitivities.of(target.fqn) * float(target.weight.double().std()))
+                limit.fill_(self._sensitivities.of(target.fqn) * float(whole(target.weight).double().std()))
             target.mask.logical_and_(threshold_mask(target.weight, value * float(limit)))
 
     def _bounds(self, value: float) -> tuple[int, int]:

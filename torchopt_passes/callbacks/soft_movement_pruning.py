@@ -10,6 +10,7 @@ from torch.optim.adam import adam
 
 from torchopt_passes.callbacks.gradual import GradualMasks
 from torchopt_passes.callbacks.lifecycle import Progress
+from torchopt_passes.callbacks.sharded import part_of, whole
 from torchopt_passes.callbacks.targets import Target
 from torchopt_passes.callbacks.weight_masks import WeightMasks
 from torchopt_passes.errors import CallbackError, ConfigError
@@ -89,7 +90,7 @@ class SoftMovementPruning(WeightMasks, GradualMasks):
 
     def metrics(self) -> dict[str, float]:
         """Return ``sparsity``, and ``score_penalty``: mean(sigmoid(S)), which lambda multiplies."""
-        means = [float(target.state("scores").sigmoid().mean()) for target in self._targets]
+        means = [float(whole(target.state("scores").sigmoid().mean())) for target in self._targets]
         return {**super().metrics(), "score_penalty": sum(means) / len(means)} if means else {}
 
     def _state(self, target: Target) -> dict[str, torch.Tensor]:
@@ -129,8 +130,8 @@ class SoftMovementPruning(WeightMasks, GradualMasks):
         """Mask what is below a threshold."""
         for target in self._targets:
             scores = target.state("scores")
-            least = keep_largest(scores, 1.0 - self.min_kept)
-            target.mask.copy_((scores.sigmoid() > value) | least)
+            least = part_of(keep_largest(whole(scores), 1.0 - self.min_kept), scores)
+            target.choose((scores.sigmoid() > value) | least)
 
     def _bounds(self, value: float) -> tuple[int, int]:
         return 0, sum(target.weight.numel() for target in self._targets)
@@ -139,7 +140,7 @@ class SoftMovementPruning(WeightMasks, GradualMasks):
         """Nothing more: `_observe` has looked at the scores."""
 
     def _refuse_lost_scores(self, step: int) -> None:
-        if step > 0 and not any(bool(target.state("scores").any()) for target in self._targets):
+        if step > 0 and not any(bool(whole(target.state("scores").any())) for target in self._targets):
             raise CallbackError(
                 f"after step {step} the scores of {type(self).__name__} are all zero: load the model's state_dict, "
                 "buffers included, after the callback is installed (attach, or Trainer with callbacks=)"

@@ -8,6 +8,7 @@ import torch
 
 from torchopt_passes.callbacks.gradual import GradualMasks
 from torchopt_passes.callbacks.sensitivities import Sensitivities
+from torchopt_passes.callbacks.sharded import whole
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.callbacks.targets import Target
 from torchopt_passes.callbacks.weight_masks import WeightMasks
@@ -89,10 +90,10 @@ class Splicing(WeightMasks, GradualMasks):
         for target in self._targets:
             dense, limit = target.state("dense"), target.state("limit")
             if not bool(limit.any()):
-                limits = surgery_limits(dense, self._sensitivities.of(target.fqn), self.low, self.high)
+                limits = surgery_limits(whole(dense), self._sensitivities.of(target.fqn), self.low, self.high)
                 limit.copy_(torch.tensor(limits, dtype=torch.float64))
             low, high = (value * limit).tolist()
-            target.mask.copy_(surgery_mask(dense, target.mask, low, high))
+            target.choose(surgery_mask(dense, target.mask, low, high))
 
     def _bounds(self, value: float) -> tuple[int, int]:
         return 0, sum(target.weight.numel() for target in self._targets)

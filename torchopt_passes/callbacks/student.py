@@ -17,6 +17,7 @@ from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
 from torchopt_passes.callbacks.optimizer_steps import before_each_step
 from torchopt_passes.callbacks.outputs import accepts, argument, loss_of, with_loss
 from torchopt_passes.callbacks.owned import OWNED, drop_parameters, take_parameters
+from torchopt_passes.callbacks.sharded import is_sharded, shard_group
 from torchopt_passes.callbacks.stand_ins import StandIns
 from torchopt_passes.callbacks.student_call import StudentCall, combined_loss, counted_labels, share_of_step
 from torchopt_passes.errors import CallbackError
@@ -92,9 +93,11 @@ class Student:
 
     @property
     def ranks(self) -> Any:
-        """The process group over which DistributedDataParallel trains copies of the model; None where there is none."""
+        """The process group of DistributedDataParallel or FSDP2 that trains the model; None where there is none."""
         reducer = self._reducer() if self._reducer is not None else None
-        return getattr(reducer, "process_group", None)
+        if reducer is not None:
+            return getattr(reducer, "process_group", None)
+        return next((group for p in self.model.parameters() if (group := shard_group(p)) is not None), None)
 
     @property
     def callbacks(self) -> tuple[Lifecycle, ...]:
@@ -167,8 +170,8 @@ class Student:
         if any(p.requires_grad for p in module.parameters()) and self._is_wrapped():
             raise CallbackError(
                 f"{type(callback).__name__} brings parameters ({name}), but the model is wrapped for several ranks "
-                "already, and their gradients would differ: attach before DistributedDataParallel, fully_shard or "
-                "Accelerate's prepare"
+                "already, and their gradients would differ: attach before DistributedDataParallel or Accelerate's "
+                "prepare; for fully_shard, make Session(model, callbacks), then shard, then session.bind(optimizer)"
             )
         device = next((parameter.device for parameter in self.model.parameters()), None)
         self.model.add_module(attribute, module.to(device=device).train(self.model.training))
@@ -230,7 +233,8 @@ class Student:
         """
         if self.ranks is not None:
             buffers = self.model.named_buffers()
-            masks = {name: b for name, b in buffers if name.endswith("_mask") and b.dtype is torch.bool}
+            bools = {name: b for name, b in buffers if name.endswith("_mask") and b.dtype is torch.bool}
+            masks = {name: mask for name, mask in bools.items() if not is_sharded(mask)}
             refuse_differences(masks, "the mask", self.ranks)
 
     @contextmanager
@@ -259,10 +263,8 @@ class Student:
             delattr(model, attribute)
 
     def _is_wrapped(self) -> bool:
-        from torch.distributed.tensor import DTensor
-
         in_ddp = self._reducer is not None and self._reducer() is not None
-        return in_ddp or any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        return in_ddp or any(map(is_sharded, self.model.parameters()))
 
     def _hook(self) -> None:
         before = self.model.register_forward_pre_hook(self._take_items, with_kwargs=True)

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from torchopt_passes.callbacks.lifecycle import Lifecycle
 from torchopt_passes.callbacks.owned import is_owned
+from torchopt_passes.callbacks.sharded import is_sharded, part_of
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.graph.edit import Skip
@@ -81,11 +82,20 @@ class Target:
     @property
     def mask(self) -> torch.Tensor:
         """The mask beside the weight: bool, True for what is kept."""
-        return self.owner.get_buffer(self.mask_name)
+        return self.state("mask")
+
+    def choose(self, mask: torch.Tensor) -> None:
+        """Set the mask; whole, or in parts as the weight is."""
+        self.mask.copy_(part_of(mask, self.mask))
 
     def state(self, kind: str) -> torch.Tensor:
-        """The buffer ``<name>_<kind>`` beside the weight."""
-        return self.owner.get_buffer(f"{self.name}_{kind}")
+        """The buffer ``<name>_<kind>`` beside the weight; in parts on several ranks from when the weight is."""
+        name = f"{self.name}_{kind}"
+        buffer, weight = self.owner.get_buffer(name), self.weight
+        if is_sharded(weight) and buffer.shape == weight.shape and not is_sharded(buffer):
+            buffer = part_of(buffer, weight)
+            self.owner.register_buffer(name, buffer)
+        return buffer
 
     def refuse_taken(self, kind: str, value: torch.Tensor) -> None:
         """Refuse a weight beside which ``<name>_<kind>`` is something else than what a run that failed left over.

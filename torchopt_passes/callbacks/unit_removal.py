@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from torchopt_passes.callbacks.sharded import is_sharded
 from torchopt_passes.callbacks.unit_groups import UnitGroup
 from torchopt_passes.errors import CallbackError, ConfigError, PlanError
 from torchopt_passes.graph.axes import analyse_axes
@@ -62,7 +63,13 @@ def graph_of(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
 
     Raises:
         CaptureError: it cannot be captured.
+        CallbackError: it is sharded.
     """
+    if any(map(is_sharded, model.parameters())):
+        raise CallbackError(
+            "units cannot leave a model whose weights are in parts on several ranks (fully_shard): train it with "
+            "DistributedDataParallel, or prune it before it is sharded"
+        )
     if isinstance(model, fx.GraphModule):
         return model
     with _bare(model):

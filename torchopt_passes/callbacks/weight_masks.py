@@ -8,6 +8,7 @@ import torch
 
 from torchopt_passes.callbacks.lifecycle import Progress
 from torchopt_passes.callbacks.masking import Masking
+from torchopt_passes.callbacks.sharded import count_false, whole
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.callbacks.targets import Target, choose_targets, put_masks
 from torchopt_passes.errors import ConfigError
@@ -157,16 +158,16 @@ class WeightMasks(Masking):
 
     def _removed(self) -> int:
         """Return how many weights are masked."""
-        return sum(int((~target.mask).sum()) for target in self._targets)
+        return sum(count_false(target.mask) for target in self._targets)
 
     def _reason(self) -> str:
         """Return why weights are removed, for the plan."""
         return f"chosen by {type(self).__name__} while training"
 
     def _edit(self, target: Target) -> MaskWeights:
-        removed = int((~target.mask).sum())
+        removed = count_false(target.mask)
         numbers = {"removed": float(removed), "sparsity": removed / target.mask.numel()}
-        return MaskWeights(target=target.fqn, reason=self._reason(), numbers=numbers, mask=target.mask.clone())
+        return MaskWeights(target=target.fqn, reason=self._reason(), numbers=numbers, mask=whole(target.mask).clone())
 
     def _all_state(self, target: Target) -> dict[str, torch.Tensor]:
         dense = {"dense": target.weight.detach().clone()} if self._dense else {}

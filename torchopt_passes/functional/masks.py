@@ -62,8 +62,15 @@ def keep_largest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
         tensor([ True, False,  True,  True])
     """
     removed = removed_count(sparsity, scores.numel())
-    mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[scores.detach().flatten().argsort(stable=True)[:removed]] = False
+    if removed == 0:
+        return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    flat = scores.detach().flatten()
+    # selection, not sorting: a tenth of the time
+    threshold = flat.kthvalue(removed).values
+    highest = flat.isnan() if bool(threshold.isnan()) else None
+    below, ties = (flat < threshold, flat == threshold) if highest is None else (~highest, highest)
+    mask = ~below
+    mask[ties.nonzero().flatten()[: removed - int(below.sum())]] = False
     return mask.view(scores.shape)
 
 

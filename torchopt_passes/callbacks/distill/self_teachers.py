@@ -15,6 +15,7 @@ from torchopt_passes.callbacks.distill.taps import Tap
 from torchopt_passes.callbacks.distill.teachers import Answer, ModelSource, Source, Teacher
 from torchopt_passes.callbacks.lifecycle import Progress
 from torchopt_passes.callbacks.owned import is_owned
+from torchopt_passes.callbacks.sharded import is_sharded, whole
 from torchopt_passes.callbacks.student_call import StudentCall
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.graph.fingerprint import fingerprint_of
@@ -133,9 +134,18 @@ class _CopySource(Source):
         self._runner = None
 
 
+def _copied(student: nn.Module) -> nn.Module:
+    if any(map(is_sharded, student.parameters())):
+        raise CallbackError(
+            "a self-teacher is a copy of the student, whose weights are in parts on several ranks already: make the "
+            "session first, Session(model, callbacks), then fully_shard, then session.bind(optimizer)"
+        )
+    return copy.deepcopy(student).requires_grad_(False)
+
+
 class _Initial(_CopySource):
     def install(self, student: nn.Module) -> None:
-        self._runner = ModelSource(Teacher(copy.deepcopy(student).requires_grad_(False)))
+        self._runner = ModelSource(Teacher(_copied(student)))
         self._runner.install(student)
         weights = [pair for pair in self._runner.model.named_parameters() if not is_owned(pair[0])]
         self._sum = torch.tensor(list(bytes.fromhex(fingerprint_of(weights))), dtype=torch.uint8)
@@ -165,7 +175,7 @@ class _Averaged(_CopySource):
             if not is_owned(fqn) and parameter.is_floating_point():
                 self._names[fqn] = fqn.replace(".", "__")
                 self._brought.register_buffer(self._names[fqn], parameter.detach().float().clone())
-        self._runner = _AveragedModel(copy.deepcopy(student).requires_grad_(False), self._averages)
+        self._runner = _AveragedModel(_copied(student), self._averages)
         self._runner.install(student)
 
     def brings(self) -> nn.Module:
@@ -187,7 +197,7 @@ class _Averaged(_CopySource):
     def _follow(self, student: nn.Module) -> None:
         parameters = dict(student.named_parameters())
         for fqn, average in self._averages().items():
-            average.lerp_(parameters[fqn].to(average.dtype), 1.0 - self._decay)
+            average.lerp_(whole(parameters[fqn]).to(average.dtype), 1.0 - self._decay)
         self._behind = False
 
     def _averages(self) -> dict[str, torch.Tensor]:
@@ -198,7 +208,7 @@ class _Averaged(_CopySource):
         ours = dict(student.named_buffers())
         for fqn, buffer in self.runner.model.named_buffers():
             if fqn in ours:
-                buffer.copy_(ours[fqn])
+                buffer.copy_(whole(ours[fqn]))
 
 
 class _AveragedModel(ModelSource):
