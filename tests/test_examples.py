@@ -32,6 +32,23 @@ PRINTS: dict[str, list[str]] = {
         r"pruned from the teacher, hints .* [789]\d\.\d% right",
         r"reader, taught by the images of pairs .* [789]\d\.\d% right",
     ],
+    "l0_gates.py": [
+        r"dense .* 9\d\.\d% right .* 0\.0% zeros",
+        r"weights, by a factor .* 9\d\.\d% right .* [1-9]\d\.\d% zeros",
+        r"weights, 90% zeros .* [89]\d\.\d% right .* (8[89]|9\d)\.\d% zeros",
+        r"channels, 60% of the MACs gone .* [89]\d\.\d% right .* [23]\d,\d{3} MACs",
+    ],
+    "information_bottleneck.py": [
+        r"dense .* 9\d\.\d% right .* 13,802 parameters",
+        r"bottleneck, strength 0\.0003 .* 9\d\.\d% right",
+        r"bottleneck, strength 0\.001 .* 9\d\.\d% right .* [3-9],\d{3} parameters",
+        r"40% of the units gone by hsic",
+    ],
+    "early_exits.py": [
+        r"exits at blocks\.1 \(34% of the work\), blocks\.3 \(67% of the work\)",
+        r"threshold 1\.1 .* average depth 100\.0%",
+        r"threshold 0\.8 .* 9\d\.\d% right .* average depth [345]\d\.\d%",
+    ],
     "dynamic_sparsity.py": [r"dense ", *[rf"{name}.*sparsity 0\.900" for name in ("RigL", "SET", "lottery ticket")]],
 }
 

@@ -32,7 +32,7 @@ def test_a_training_forward_and_its_gradients_are_those_of_gated_units(noise: An
     logits = nn.functional.linear(hidden * z, weights[1], model.fc.bias)
     loss = nn.functional.cross_entropy(logits, data["labels"])
     expected = torch.autograd.grad(loss, [*weights, mean, log_variance])
-    bottleneck = InformationBottleneck(noise=noise, seed=4, **NET)
+    bottleneck = InformationBottleneck(noise=noise, seed=4, settle=None, **NET)
     with attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [bottleneck]):
         output = model.train()(**data)
         output.loss.backward()
@@ -51,7 +51,7 @@ def test_samples_have_noise_of_their_own_however_the_step_is_cut() -> None:
         part.eval()
 
     def logits(sizes: tuple[int, ...]) -> torch.Tensor:
-        bottleneck = InformationBottleneck(**UNITS)
+        bottleneck = InformationBottleneck(settle=None, **UNITS)
         with attach(model, optimizer, [bottleneck]), torch.no_grad():
             for parameter in model.torchopt_bottleneck.log_variance.values():
                 parameter.fill_(-1.0)
@@ -67,7 +67,7 @@ def test_samples_have_noise_of_their_own_however_the_step_is_cut() -> None:
 
 def test_the_penalty_is_the_bound() -> None:
     model = make()
-    bottleneck = InformationBottleneck(strength=0.01, lr=1.0, **UNITS)
+    bottleneck = InformationBottleneck(strength=0.01, lr=1.0, settle=None, **UNITS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
     with attach(model, optimizer, [bottleneck]) as session:
         ratio = float(torch.exp(torch.tensor(9.0)))
@@ -156,7 +156,7 @@ def test_products_that_cannot_tell_samples_apart_are_left_to_step_noise() -> Non
     with pytest.raises(ConfigError, match=r'matmul.default reads its units, and mixes samples: noise="step" takes'):
         attach(model, optimizer_of(model), [InformationBottleneck(example_inputs=inputs)])
     model = ByHand()
-    bottleneck = InformationBottleneck(noise="step", example_inputs=inputs)
+    bottleneck = InformationBottleneck(noise="step", settle=None, example_inputs=inputs)
     with attach(model, optimizer_of(model), [bottleneck]):
         assert [group.name for group in bottleneck.groups] == ["weight:0"]
         model.train()(torch.ones(3, 4)).sum().backward()

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.callbacks.channel_models import GROUPS, Shifted, batch, graph_of, make, optimizer_of, shapes, step, train
 from tests.callbacks.loops import bare_net, collate, images, tiny_bert
-from torchopt_passes.callbacks import L0ChannelPruning, L0Pruning, attach
+from torchopt_passes.callbacks import InformationBottleneck, L0ChannelPruning, L0Pruning, attach
 from torchopt_passes.errors import CallbackError, ConfigError
 from torchopt_passes.functional.draws import seed_of, uniform
 from torchopt_passes.functional.hard_concrete import gate_at_test, log_alpha_of, sample_gate
@@ -35,7 +35,9 @@ def test_a_training_forward_and_its_gradients_are_those_of_gated_weights() -> No
     logits = nn.functional.linear(hidden, weights[1] * gates[1], model.fc.bias)
     loss = nn.functional.cross_entropy(logits, data["labels"])
     expected = torch.autograd.grad(loss, [*weights, *alphas])
-    with attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [L0Pruning(strength=0.1, closed=0.3, seed=5)]):
+    with attach(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), [L0Pruning(strength=0.1, closed=0.3, seed=5, settle=None)]
+    ):
         output = model.train()(**data)
         output.loss.backward()
         assert torch.allclose(output.loss, loss)
@@ -49,7 +51,7 @@ def test_each_gate_belongs_to_the_weight_of_its_name() -> None:
     for name in ("z", "a", "m"):
         model.add_module(name, nn.Linear(3, 3, bias=False))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [L0Pruning(strength=0.1)]):
+    with attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [L0Pruning(strength=0.1, settle=None)]):
         with torch.no_grad():
             model.torchopt_l0_weights.log_alpha["z-weight"].fill_(-9.0)
         assert not model.eval()(torch.ones(1, 3)).any()
@@ -60,7 +62,7 @@ def test_each_gate_belongs_to_the_weight_of_its_name() -> None:
 
 def test_the_penalty_is_strength_times_the_expected_number_of_open_gates() -> None:
     model = bare_net()
-    pruning = L0Pruning(strength=0.25, closed=0.3, lr=1.0)
+    pruning = L0Pruning(strength=0.25, closed=0.3, lr=1.0, settle=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
     with attach(model, optimizer, [pruning]) as session:
         alpha = dict(model.named_parameters())["torchopt_l0_weights.log_alpha.fc-weight"]
@@ -77,7 +79,7 @@ def test_the_penalty_is_strength_times_the_expected_number_of_open_gates() -> No
 def test_one_draw_for_each_step_the_same_in_every_micro_batch() -> None:
     model, data = bare_net(), collate(images(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with attach(model, optimizer, [L0Pruning(strength=0.1, closed=0.5, lr=1e-9)]):
+    with attach(model, optimizer, [L0Pruning(strength=0.1, closed=0.5, lr=1e-9, settle=None)]):
         state = torch.get_rng_state()
         losses = [float(model.train()(**data).loss.detach()) for _ in range(2)]
         model(**data).loss.backward()
@@ -89,7 +91,7 @@ def test_one_draw_for_each_step_the_same_in_every_micro_batch() -> None:
 
 def test_evaluation_and_the_end_have_the_gates_without_noise() -> None:
     model, data = bare_net(), collate(images(8))
-    pruning = L0Pruning(strength=0.01, lr=0.5)
+    pruning = L0Pruning(strength=0.01, lr=0.5, settle=None)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with attach(model, optimizer, [pruning]) as session:
         for _ in range(15):
@@ -129,6 +131,46 @@ def test_the_lagrangian_is_the_formula() -> None:
             short = target - float(pruning.expected_sparsity().detach())
             one, two = one + 0.5 * short, two + 0.5 * short**2
         assert model.torchopt_l0_weights.multipliers.tolist() == pytest.approx([one, two])
+
+
+@pytest.mark.parametrize("kind", ["weights", "channels", "bottleneck"])
+def test_held_gates_do_not_move_and_train_what_evaluation_computes(kind: str) -> None:
+    """Adam has momentum by then, and the gates stay bit for bit; batch norms aside, both modes compute the same."""
+    model = make()
+    for part in (model.bn1, model.bn2, model.bn3):
+        part.register_forward_pre_hook(lambda module, args: module.eval() and None)
+    callback: Any = {
+        "weights": lambda: L0Pruning(sparsity=0.5, end=2, settle=4, lr=0.3),
+        "channels": lambda: L0ChannelPruning(sparsity=0.3, end=2, settle=4, lr=0.3, **UNITS),
+        "bottleneck": lambda: InformationBottleneck(strength=0.1, settle=4, lr=0.3, **UNITS),
+    }[kind]()
+    gates: list[dict[str, torch.Tensor]] = []
+    weights: list[torch.Tensor] = []
+    same: list[bool] = []
+
+    def look(number: int) -> None:
+        state = {n: t.detach().clone() for n, t in model.state_dict().items() if n.startswith("torchopt")}
+        gates.append(state)
+        weights.append(model.fc2.weight.detach().clone())
+        with torch.no_grad():
+            train_mode, eval_mode = model.train()(batch()), model.eval()(batch())
+        model.train()
+        same.append(torch.equal(train_mode, eval_mode))
+        assert callback.settled == (number >= 4)
+
+    train(model, [callback], steps=7, seen=look)
+    assert all(torch.equal(gates[3][name], later[name]) for later in gates[4:] for name in gates[3])
+    assert not all(torch.equal(gates[2][name], gates[3][name]) for name in gates[3])
+    assert not torch.equal(weights[4], weights[5])  # the rest trains on
+    assert same == [False] * 3 + [True] * 4
+
+
+def test_held_gates_wait_for_the_target() -> None:
+    with pytest.raises(CallbackError, match="held from step 3 on, before the target is reached"):
+        train(make(), [L0Pruning(sparsity=0.5, end=5, settle=3)])
+    model = make()
+    with pytest.raises(CallbackError, match=r"0.8 is a share of training, but its length is unknown"):
+        attach(model, optimizer_of(model), [L0Pruning(strength=0.1)])
 
 
 def test_the_lagrangian_reaches_the_sparsity() -> None:
@@ -198,7 +240,7 @@ def test_the_expected_cost_is_the_cost_of_units_that_stay_for_sure_and_multiline
 
 
 def test_the_group_penalty_counts_the_weights_that_read_each_unit() -> None:
-    pruning = L0ChannelPruning(strength=0.5, closed=0.3, **UNITS)
+    pruning = L0ChannelPruning(strength=0.5, closed=0.3, settle=None, **UNITS)
     model = make()
     with attach(model, optimizer_of(model), [pruning]) as session:
         p = 1 - session.metrics()["expected_sparsity"]
@@ -209,7 +251,7 @@ def test_the_group_penalty_counts_the_weights_that_read_each_unit() -> None:
 def test_heads_and_hidden_units_of_a_transformer_are_gated() -> None:
     from tests.callbacks.loops import ragged_tokens
 
-    pruning = L0ChannelPruning(strength=0.1, example_inputs=collate(ragged_tokens(4)))
+    pruning = L0ChannelPruning(strength=0.1, settle=None, example_inputs=collate(ragged_tokens(4)))
     model = tiny_bert()
     with attach(model, torch.optim.AdamW(model.parameters()), [pruning]):
         kinds = sorted((group.kind, group.size) for group in pruning.groups)

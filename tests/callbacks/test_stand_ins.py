@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from torchopt_passes.callbacks import Callback, InformationBottleneck, L0Pruning, attach
+from torchopt_passes.callbacks.stand_ins import StandIns
 from torchopt_passes.callbacks.student import Student
+from torchopt_passes.errors import CallbackError
 from torchopt_passes.graph.capture import capture
 
 
@@ -151,10 +153,19 @@ def test_the_parameter_is_itself_after_evaluation_errors_and_the_end() -> None:
     assert "weight" not in vars(model[0])
 
 
+def test_weights_in_pieces_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed.tensor
+
+    monkeypatch.setattr(torch.distributed.tensor, "DTensor", nn.Parameter)  # as if every parameter were sharded
+    model = nn.Sequential(nn.Linear(4, 2))
+    with pytest.raises(CallbackError, match="need whole weights, but this model is sharded"):
+        StandIns().lay(model, {"0.weight": torch.ones(2, 4)})
+
+
 GATES: dict[str, Any] = {
-    "weights": lambda x: L0Pruning(strength=0.1, closed=0.3),
-    "sample": lambda x: InformationBottleneck(example_inputs=(x,)),
-    "step": lambda x: InformationBottleneck(noise="step", example_inputs=(x,)),
+    "weights": lambda x: L0Pruning(strength=0.1, closed=0.3, settle=None),
+    "sample": lambda x: InformationBottleneck(settle=None, example_inputs=(x,)),
+    "step": lambda x: InformationBottleneck(noise="step", settle=None, example_inputs=(x,)),
 }
 
 

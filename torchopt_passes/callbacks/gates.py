@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchopt_passes.callbacks.base import Callback
-from torchopt_passes.callbacks.lifecycle import Progress
+from torchopt_passes.callbacks.lifecycle import Progress, When, check_when
 from torchopt_passes.callbacks.penalty import add_gradients
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import ConfigError
@@ -35,7 +35,8 @@ class Gates(Callback):
     In training mode the gates are noisy, in eval mode they are what they will be when training has ended; so an
     evaluation on the way shows what would come of it. The noise is drawn for each optimizer step, from the seed, the
     completed step and the name of what is gated: it is the same in all micro-batches, on all ranks, and in a resumed
-    run. The penalty's gradient is added once before each optimizer step (see `Penalty`).
+    run. The penalty's gradient is added once before each optimizer step (see `Penalty`). Towards the end the gates are
+    held: statistics of batch norms are otherwise those of a noisy model, which is not the one that remains.
 
     The gates are parameters of the model while it is trained (``torchopt_<name>``), without weight decay: they are in
     checkpoints, and gone in the end.
@@ -43,6 +44,8 @@ class Gates(Callback):
     Args:
         lr: learning rate of the gates; None for that of the model. Gates want a larger one than most models.
         seed: of the noise.
+        settle: from when on the gates are held, without noise and penalty, as a share of training (float), completed
+            steps (int) or `Epochs`: weights and batch-norm statistics adapt to what will remain. None for never.
     """
 
     module_name: ClassVar[str] = "gates"
@@ -50,7 +53,9 @@ class Gates(Callback):
 
     lr: float | None = 0.05
     seed: int = 0
+    settle: When | None = 0.8
 
+    _settle_at: int | None = field(default=None, init=False, repr=False)
     _module: nn.Module | None = field(default=None, init=False, repr=False)
     _step: int = field(default=0, init=False, repr=False)
     _still: tuple[tuple[int, ...], list[torch.Tensor]] | None = field(default=None, init=False, repr=False)
@@ -59,14 +64,20 @@ class Gates(Callback):
         """Refuse options that are wrong in any training."""
         if self.lr is not None and not self.lr > 0:
             raise ConfigError(f"lr must be > 0, or None for that of the model, not {self.lr}")
+        if self.settle is not None:
+            check_when(self.settle, "settle")
 
     @abstractmethod
     def penalty(self) -> torch.Tensor:
         """Return the penalty as the gates are now: a scalar with a gradient."""
 
     @abstractmethod
-    def stand_ins(self, training: bool) -> Mapping[str, torch.Tensor]:
-        """Return the gated weights."""
+    def _noisy(self) -> Mapping[str, torch.Tensor]:
+        """Return the weights with the noisy gates of this step."""
+
+    @abstractmethod
+    def _multiplied(self, gates: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Return the weights with given gates."""
 
     @abstractmethod
     def _make_gates_at_test(self) -> list[torch.Tensor]:
@@ -80,14 +91,34 @@ class Gates(Callback):
             self._still = key, self._make_gates_at_test()
         return self._still[1]
 
+    @property
+    def settled(self) -> bool:
+        """Whether the gates are held by now."""
+        return self._settle_at is not None and self._step >= self._settle_at
+
+    def stand_ins(self, training: bool) -> Mapping[str, torch.Tensor]:
+        """Return the gated weights."""
+        if training and not self.settled:
+            return self._noisy()
+        gates = self.gates_at_test()
+        if training:  # held gates take part without moving: DistributedDataParallel waits for their gradients
+            nothing = torch.stack([0.0 * parameter.sum() for parameter in self._parameters()]).sum()
+            gates = [gate + nothing.to(gate.device) for gate in gates]
+        return self._multiplied(gates)
+
     def before_step(self, progress: Progress) -> None:
-        """Add the gradient of the penalty to those of the gates."""
+        """Add the gradient of the penalty to those of the gates; keep held ones where they are."""
+        if self.settled:
+            for parameter in self._parameters():
+                parameter.grad = None  # not zero, with which momentum would move them on
+            return
         with torch.enable_grad():
             add_gradients(self.penalty(), list(self._parameters()))
 
     def begin(self, progress: Progress) -> None:
         """Draw for the first step."""
         self._step = progress.step
+        self._settle_at = None if self.settle is None else progress.steps(self.settle)
 
     def after_step(self, progress: Progress) -> None:
         """Draw for the next step."""
@@ -97,7 +128,7 @@ class Gates(Callback):
 
     def remove(self) -> None:
         """Let the gates go; the student drops them."""
-        self._module = self._still = None
+        self._module = self._still = self._settle_at = None
 
     def _bring(self, student: Student, module: nn.Module) -> None:
         """Make the gates part of the model."""

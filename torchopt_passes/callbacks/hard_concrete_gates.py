@@ -96,6 +96,8 @@ class HardConcreteGates(Gates):
             start, end = progress.steps(self.start), progress.steps(self.end)
             if progress.total_steps is not None and end > progress.total_steps:
                 raise CallbackError(f"the target is reached at step {end}, but training ends at {progress.total_steps}")
+            if self._settle_at is not None and self._settle_at < end:
+                raise CallbackError(f"the gates are held from step {self._settle_at} on, before the target is reached")
             self._ramp = Ramp(initial=0.0, final=self.sparsity, start=start, end=end, shape=linear)
 
     @property
@@ -114,7 +116,7 @@ class HardConcreteGates(Gates):
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         """Let the multipliers ascend, and draw for the next step."""
-        if self._ramp is not None:
+        if self._ramp is not None and not self.settled:
             short = self.target - self.expected_sparsity()
             self._multipliers.add_(self.ascent * torch.stack([short, short.square()]).to(self._multipliers))
         super().after_step(progress)

@@ -51,6 +51,8 @@ class InformationBottleneck(GatedUnits):
             it once for each optimizer step, for all samples, and takes units that other products read too.
         lr: learning rate of the gates; None for that of the model. Gates want a larger one than most models.
         seed: of the noise.
+        settle: from when on the gates are held, without noise and penalty, as a share of training (float), completed
+            steps (int) or `Epochs`: weights and batch-norm statistics adapt to what will remain. None for never.
         skip: globs on names of parameters or modules; groups that cut one are left alone.
         kinds: what may leave (see `ChannelGroup`).
         example_inputs: ``(args, kwargs)``, or in another form of a call; by default those of the captured graph. The
@@ -115,17 +117,14 @@ class InformationBottleneck(GatedUnits):
         """Return ``strength * sum log(1 + mu^2 / sigma^2)``."""
         return self.strength * torch.stack([bottleneck_bound(m, v).sum() for m, v in self._moments]).sum()
 
-    def stand_ins(self, training: bool) -> Mapping[str, torch.Tensor]:
-        """Return the gated weights."""
-        if not training:
-            return self._gated(self.gates_at_test())
+    def _noisy(self) -> Mapping[str, torch.Tensor]:
         if self.noise == "sample":
             return self._sample_gated()
         gates: list[torch.Tensor] = []
         for unit_group, (mean, log_variance) in zip(self._units, self._moments, strict=True):
             normal = normal_rows(0, 1, len(mean), self._seed(unit_group.group.name), mean.device)[0]
             gates.append(sample_bottleneck(mean, log_variance, normal))
-        return self._gated(gates)
+        return self._multiplied(gates)
 
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Multiply the gates into the weights, and remove the units that closed."""

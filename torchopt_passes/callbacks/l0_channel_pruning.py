@@ -49,6 +49,8 @@ class L0ChannelPruning(HardConcreteGates, GatedUnits):
         zeta: > 1: the interval that the concrete distribution is stretched to.
         lr: learning rate of the gates; None for that of the model. Gates want a larger one than most models.
         seed: of the noise.
+        settle: from when on the gates are held, without noise and penalty, as a share of training (float), completed
+            steps (int) or `Epochs`: weights and batch-norm statistics adapt to what will remain. None for never.
         skip: globs on names of parameters or modules; groups that cut one are left alone.
         kinds: what may leave (see `ChannelGroup`).
         example_inputs: ``(args, kwargs)``, or in another form of a call; by default those of the captured graph. The
@@ -105,11 +107,9 @@ class L0ChannelPruning(HardConcreteGates, GatedUnits):
         self._check_parameters()
         super().begin(progress)
 
-    def stand_ins(self, training: bool) -> Mapping[str, torch.Tensor]:
-        """Return the gated weights."""
+    def _noisy(self) -> Mapping[str, torch.Tensor]:
         pairs = zip(self._units, self._log_alphas, strict=True)
-        gates = [self._draw(a, g.group.name) for g, a in pairs] if training else self.gates_at_test()
-        return self._gated(gates)
+        return self._multiplied([self._draw(a, unit_group.group.name) for unit_group, a in pairs])
 
     def expected_sparsity(self) -> torch.Tensor:
         """Return the expected share of units, parameters or MACs that has left."""

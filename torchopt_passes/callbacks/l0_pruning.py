@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -43,6 +43,8 @@ class L0Pruning(HardConcreteGates):
         zeta: > 1: the interval that the concrete distribution is stretched to.
         lr: learning rate of the gates; None for that of the model. Gates want a larger one than most models.
         seed: of the noise.
+        settle: from when on the gates are held, without noise and penalty, as a share of training (float), completed
+            steps (int) or `Epochs`: weights and batch-norm statistics adapt to what will remain. None for never.
         include: globs on parameter or module names; empty for every matrix weight.
         skip: globs on names to leave alone.
 
@@ -86,10 +88,11 @@ class L0Pruning(HardConcreteGates):
             student.claim(target.fqn, self)
         self._bring(student, self._make({target.fqn: target.weight.shape for target in self._targets}))
 
-    def stand_ins(self, training: bool) -> Mapping[str, torch.Tensor]:
-        """Return the gated weights."""
-        pairs = list(zip(self._targets, self._log_alphas, strict=True))
-        gates = [self._draw(a, target.fqn) for target, a in pairs] if training else self.gates_at_test()
+    def _noisy(self) -> Mapping[str, torch.Tensor]:
+        pairs = zip(self._targets, self._log_alphas, strict=True)
+        return self._multiplied([self._draw(a, target.fqn) for target, a in pairs])
+
+    def _multiplied(self, gates: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
         return {t.fqn: t.weight * gate.to(t.weight) for t, gate in zip(self._targets, gates, strict=True)}
 
     def expected_sparsity(self) -> torch.Tensor:

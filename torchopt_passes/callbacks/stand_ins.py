@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchopt_passes._compat import run_eagerly
 from torchopt_passes.callbacks.lifecycle import Lifecycle
+from torchopt_passes.errors import CallbackError
 from torchopt_passes.graph.tensors import aliases, find_owner
 
 __all__ = ["StandIns"]
@@ -57,6 +58,10 @@ class StandIns:
         """
         self.lift()
         if tensors and not self._places:
+            from torch.distributed.tensor import DTensor
+
+            if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+                raise CallbackError("gates and dropped filters need whole weights, but this model is sharded (FSDP2)")
             for name, first in aliases(model).items():
                 self._places.setdefault(first, []).append(find_owner(model, name))
         for fqn, tensor in tensors.items():

@@ -50,7 +50,7 @@ class GatedUnits(Gates, UnitCallback):
             graph = graph_of(model, inputs_of(model, self.example_inputs))
             rehearse_removal(model, graph, half, inputs_of(model, self.example_inputs))
 
-    def _gated(self, gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _multiplied(self, gates: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Return the weights that read the units, gated."""
         if self.student is None:
             return {}
@@ -63,7 +63,7 @@ class GatedUnits(Gates, UnitCallback):
         """Multiply the gates into the weights that read the units, and remove those that are closed."""
         if self.student is None:
             return
-        for fqn, gated in self._gated(gates).items():
+        for fqn, gated in self._multiplied(gates).items():
             get_tensor(self.student.model, fqn).copy_(gated)
         stays = {unit_group: gate != 0 for unit_group, gate in zip(self._units, gates, strict=True)}
         self._remove_units(stays, optimizer, why)

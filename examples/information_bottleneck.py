@@ -1,0 +1,87 @@
+"""Channels of a digit classifier pay for the information that they let through, and those that carry none leave.
+
+    python examples/information_bottleneck.py
+
+`InformationBottleneck` at two strengths, and without any training of gates: `PruneChannels(importance="hsic")`, which
+ranks channels by how much they tell about the outputs, next to the size of their weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import torchopt_passes as top
+from torchopt_passes.callbacks import Callback
+
+STEPS, BATCH = 500, 64
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (1797, 1, 8, 8) and labels; the first 1400 are for training."""
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(digits.data, dtype=torch.float32)[order].view(-1, 1, 8, 8) / 16
+    return images, torch.tensor(digits.target)[order]
+
+
+def conv_net() -> nn.Module:
+    """Two convolutions with batch norms, and two linear layers."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def train(model: nn.Module, callbacks: list[Callback], steps: int = STEPS) -> nn.Module:
+    """Train with the callbacks."""
+    images, labels = data()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with top.attach(model, optimizer, callbacks, total_steps=steps):
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)  # made when the gates are in
+        for step in range(steps):
+            rows = torch.arange(step * BATCH, (step + 1) * BATCH) % 1400
+            nn.functional.cross_entropy(model.train()(images[rows]), labels[rows]).backward()
+            optimizer.step()
+            decay.step()
+            optimizer.zero_grad()
+    return model
+
+
+def show(name: str, model: nn.Module) -> None:
+    """Print how often a model is right, and what it costs."""
+    images, labels = data()
+    with torch.no_grad():
+        right = float((model.eval()(images[1400:]).argmax(1) == labels[1400:]).float().mean())
+    cost = top.measure(model, images[:1])
+    print(f"{name:<38} {right:6.1%} right  {cost.parameters:>7,} parameters  {cost.macs:>7,} MACs")
+
+
+def main() -> None:
+    """Training with a bottleneck, and ranking without training."""
+    images, _ = data()
+    dense = train(conv_net(), [])
+    show("dense", dense)
+    for strength in (3e-4, 1e-3):
+        bottleneck = top.InformationBottleneck(strength=strength, example_inputs=(images[:2],))
+        show(f"bottleneck, strength {strength:g}", train(conv_net(), [bottleneck]))
+    for importance in ("hsic", "l2"):
+        graph = top.capture(dense, (images[:2],))
+        context = top.PassContext(calibration=[(images[:64],), (images[64:128],)])
+        top.PruneChannels(ratio=0.4, importance=importance)(graph, context)
+        show(f"40% of the units gone by {importance}, untrained", graph)
+
+
+if __name__ == "__main__":
+    main()
