@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -160,14 +162,20 @@ def train_sharded(model: nn.Module, case: Case, *, attach_first: bool) -> Sessio
         session = attach(model, optimizer, [callback(case)], total_steps=STEPS)
     else:
         session.bind(optimizer, total_steps=STEPS)
-    for step in range(STEPS):
-        parts = own_part(case.data(16), step, accumulate=2)
+    step_by_step(model, optimizer, case.data(16), range(STEPS))
+    return session
+
+
+def step_by_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Sequence[Example], steps: Iterable[int]
+) -> None:
+    for step in steps:
+        parts = own_part(data, step, accumulate=2)
         items = num_items_in_batch(model, parts)
         for part in parts:
             model(**part, num_items_in_batch=items).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return session
 
 
 def gathered(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -294,6 +302,24 @@ def calibrated(folder: Path) -> Any:
 @_job
 def order_matters(folder: Path) -> Any:
     return calibrate("histogram")
+
+
+def distributed_state(model: nn.Module, optimizer: torch.optim.Optimizer, session: Session) -> dict[str, Any]:
+    """What a distributed checkpoint holds."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments, "session": session}
+
+
+@_job
+def distributed_checkpoint(folder: Path) -> Any:
+    """Three steps of FSDP2; one process goes on from its checkpoint."""
+    case, model = CASES["GradualPruning"], tiny_bert()
+    fully_shard(model.train())
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.5)
+    with attach(model, optimizer, [case.make()], total_steps=STEPS) as session:
+        step_by_step(model, optimizer, case.data(16), range(STEPS // 2))
+        checkpoint.save(distributed_state(model, optimizer, session), checkpoint_id=folder.parent / "checkpoint")
+        return gathered(model.state_dict())
 
 
 @_job

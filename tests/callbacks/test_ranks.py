@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import set_state_dict
 
 from tests.callbacks import ranks
 from tests.callbacks.cases import CASES
@@ -24,22 +26,29 @@ from tests.callbacks.ranks import (
     CALIBRATIONS,
     DATA,
     RANKED,
+    RATE,
     SCORE_TYPES,
     SHARDED,
     SPARSITIES,
     STEPS,
     calibrate,
+    distributed_state,
+    step_by_step,
     tied_scores,
     train_plain,
     train_trainer,
 )
 from tests.callbacks.test_owned import Probe
-from torchopt_passes.callbacks import QuantizationSchedule
+from torchopt_passes.callbacks import QuantizationSchedule, attach
 from torchopt_passes.functional.masks import removed_count
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 from torchopt_passes.ranks import checksum
 
 State = dict[str, torch.Tensor]
+
+
+CHECKPOINT: list[Path] = []
+"""Where the ranks have written their distributed checkpoint."""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    CHECKPOINT.append(folder / "checkpoint")
     return torch.load(folder / "results.pt", weights_only=True)
 
 
@@ -106,6 +116,24 @@ def test_sharded_weights_are_pruned_as_whole_ones(name: str, found: dict[str, li
         state = both(found, f"{order} {name}")
         assert bool(state.pop("masks")) == any(ending.endswith("_mask") for ending in case.extra_state)
         assert_same(state, dict(model.state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(found: dict[str, list[Any]]) -> None:
+    half, case = both(found, "distributed_checkpoint"), CASES["GradualPruning"]
+    assert any(name.endswith("_mask") and not bool(mask.all()) for name, mask in half.items())
+    model = tiny_bert().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.5)
+    with attach(model, optimizer, [case.make()], total_steps=STEPS) as session:
+        state = distributed_state(model, optimizer, session)
+        checkpoint.load(state, checkpoint_id=CHECKPOINT[-1], no_dist=True)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        assert session.step == STEPS // 2
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in half.items())
+        step_by_step(model, optimizer, case.data(16), range(STEPS // 2, STEPS))
+    straight = tiny_bert()
+    train_plain(straight, case.data(16), [case.make()], momentum=0.5)
+    assert_same(dict(model.state_dict()), dict(straight.state_dict()))
 
 
 def test_accelerate_on_two_ranks(found: dict[str, list[Any]]) -> None:

@@ -90,6 +90,7 @@ class DynamicSparsity(WeightMasks):
         if progress.step == 0:
             with torch.no_grad():
                 self._first_pattern()
+            self._check_masks()
             self._tell_changed(progress)
 
     @torch.no_grad()
@@ -107,6 +108,7 @@ class DynamicSparsity(WeightMasks):
                 return
             for target in self._targets:
                 self._exchange(target, progress.step)
+            self._check_masks()
             self._tell_changed(progress)
 
     def _observe(self, progress: Progress) -> None:

@@ -92,8 +92,7 @@ class GradualMasks(Masking):
     def _update(self, value: float, progress: Progress) -> None:
         before = self._removed()
         self._choose(value)
-        if self.student is not None:
-            self.student.check_masks()
+        self._check_masks()
         self._apply()
         if self._removed() != before:
             self._tell_changed(progress)

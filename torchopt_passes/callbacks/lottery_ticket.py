@@ -149,6 +149,7 @@ class LotteryTicket(WeightMasks):
         if progress.step in layout.ends:
             self._prune(layout.sparsity(layout.done(progress.step), self.sparsity))
             self._go_back()
+            self._check_masks()
             self._tell_changed(progress)
 
     @torch.no_grad()

@@ -41,6 +41,11 @@ class Masking(Callback):
     def _removed(self) -> int:
         """Return how much the masks remove now."""
 
+    def _check_masks(self) -> None:
+        """Make sure that all ranks have chosen the same masks; every rank must call it."""
+        if self.student is not None:
+            self.student.check_masks()
+
     def _tell_changed(self, progress: Progress) -> None:
         if self.student is not None:
             self.student.tell_changed(progress)
