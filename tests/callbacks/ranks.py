@@ -260,7 +260,7 @@ def checkpointed(folder: Path) -> Any:
     found: dict[str, torch.Tensor] = {}
     for reentrant in (True, False):
         model = tiny_bert()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         callbacks = [CASES["GradualPruning"].make(), CASES["Distillation"].make()]
         train_plain(model, DATA, callbacks, wrap=lambda model: ddp(model, find_unused=False))
         found |= {f"{reentrant} {name}": value for name, value in model.state_dict().items()}
