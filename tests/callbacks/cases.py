@@ -399,6 +399,9 @@ CASES |= {
     "Distillation-cache": Case(make=lambda: Distillation(cached_teacher(), temperature=4.0), model=tiny_student),
 }
 
+ONE_OF_A_CLASS = {name: case for name, case in CASES.items() if "-" not in name}
+"""Without variants, for which the same code runs: where a case starts processes of its own."""
+
 
 def exported() -> set[str]:
     """Names of the callback classes that users import."""

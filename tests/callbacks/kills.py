@@ -8,6 +8,7 @@ start of Python with Transformers takes longer than the training.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -144,7 +145,7 @@ def _unequal(where: str, one: dict[str, Any], other: dict[str, Any]) -> list[str
 
 
 def try_kills(case: Case, name: str, folder: Path, count: int) -> list[dict[str, Any]]:
-    """Kill a run of the case at random moments, seeded by its name; every second one goes on from its recipe."""
+    """Kill a run of the case at moments seeded by its name; every second is resumed by recipe, from the first."""
     generator = random.Random(name)
     case.model(0.1)  # captured once, before the forks
     straight = folder / "straight"
@@ -157,7 +158,7 @@ def try_kills(case: Case, name: str, folder: Path, count: int) -> list[dict[str,
         # not at the last one, of a run that is over: resumed from there the Trainer goes one step beyond the end
         saves = STEPS // EVERY - 1
         step = EVERY * generator.randint(1, saves) if moment == "save" else generator.randint(1, STEPS)
-        kill, recipe, run = Kill(step, moment), index % 2 == 1, folder / str(index)
+        kill, recipe, run = Kill(step, moment), index % 2 == 0, folder / str(index)
         run.mkdir()
         code = in_child(lambda kill=kill, run=run: train(case, run, kill=kill, recipe=False), run / "log")
         assert code == -signal.SIGKILL, (run / "log").read_text()[-3000:]
@@ -171,6 +172,7 @@ def try_kills(case: Case, name: str, folder: Path, count: int) -> list[dict[str,
 
 def main(folder: Path, count: int, names: list[str]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # the collections of the children would copy the memory that they share
     rows = {name: try_kills(CASES[name], name, folder / name, count) for name in names or CASES}
     (folder / "kills.json").write_text(json.dumps(rows))
 

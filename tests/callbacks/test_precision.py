@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.callbacks.cases import CASES, Case
+from tests.callbacks.cases import ONE_OF_A_CLASS, Case
 from tests.callbacks.loops import (
     collate,
     make_trainer,
@@ -24,7 +24,6 @@ from tests.callbacks.loops import (
 from torchopt_passes.callbacks import Callback, Distillation, GradualPruning, attach
 from torchopt_passes.callbacks.lifecycle import Progress
 
-ONE_OF_A_CLASS = {name: case for name, case in CASES.items() if "-" not in name}
 ON_BERT = {name: case for name, case in ONE_OF_A_CLASS.items() if isinstance(case.model(0.0), PreTrainedModel)}
 
 SEES_FORWARDS = {

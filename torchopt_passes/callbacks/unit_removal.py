@@ -73,7 +73,7 @@ def graph_of(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
     with _bare(model):
-        return capture(model, *inputs)
+        return capture(model, *inputs, dynamic=False)  # used on these inputs alone, and open sizes take twice as long
 
 
 def rehearse_removal(model: nn.Module, graph_module: fx.GraphModule, masks: Masks, inputs: Inputs) -> None:
