@@ -17,7 +17,6 @@ from torchopt_passes.graph.pipeline import Pipeline
 from torchopt_passes.graph.quantization.calibrate import Calibrate
 from torchopt_passes.graph.quantization.convert_quantized import ConvertQuantized
 from torchopt_passes.graph.quantization.insert_fake_quant import InsertFakeQuant
-from torchopt_passes.graph.quantization.targets import get_target
 
 __all__ = ["quantized"]
 
@@ -53,7 +52,5 @@ def quantized(
         graph: fx.GraphModule = copy.deepcopy(module)
     else:
         graph = capture(module, *example_call(module, example_inputs))
-    symmetric = "uint8 activations" in get_target(target).no_grid
-    insert = InsertFakeQuant(target=target, qat=False, activation_symmetric=symmetric)
-    steps = Pipeline(insert, Calibrate(), ConvertQuantized())
+    steps = Pipeline(InsertFakeQuant(target=target, qat=False), Calibrate(), ConvertQuantized())
     return steps(graph.eval(), PassContext(calibration=calibration)).graph_module  # pyright: ignore

@@ -24,10 +24,9 @@ class TensorRtTarget(OnnxTarget):
     """TensorRT.
 
     What is written is an ONNX file with quantize / dequantize pairs, which TensorRT reads with explicit quantization:
-    int8 symmetric about zero, weights by output channel. `InsertFakeQuant(target="tensorrt",
-    activation_symmetric=True)` makes such graphs; others are refused. An engine belongs to one GPU and one version of
-    TensorRT, so it is built when the file is opened on a machine that has both; elsewhere the same file runs in ONNX
-    Runtime, which is how it is verified without a GPU.
+    int8 symmetric about zero, weights by output channel. `InsertFakeQuant(target="tensorrt")` makes such graphs; others
+    are refused. An engine belongs to one GPU and one version of TensorRT, so it is built when the file is opened on a
+    machine that has both; elsewhere the same file runs in ONNX Runtime, which is how it is verified without a GPU.
 
     Args:
         max_batch: open sizes go up to this many times the example's (at least to it): the engine is tuned for the
@@ -54,7 +53,7 @@ class TensorRtTarget(OnnxTarget):
             if "quantized_decomposed.quantize_per_tensor" in str(node.target) and node.args[2] != 0:
                 raise ExportError(
                     f"{node.args[0]} is rounded with zero point {node.args[2]}, but TensorRT's int8 is symmetric about "
-                    'zero: quantize with InsertFakeQuant(target="tensorrt", activation_symmetric=True)'
+                    'zero: quantize with InsertFakeQuant(target="tensorrt")'
                 )
         return super().prepare(graph_module)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,60 @@ def test_relu6_is_skipped_or_replaced() -> None:
         assert float((graph_module(x) - model(x)).abs().max()) > 0.01  # this input is above 6 somewhere
     with pytest.raises(top.PlanError, match="captured graph"):
         result.plan.apply(model)
+
+
+def test_relu6_with_a_bound_for_each_channel_is_exact() -> None:
+    model, x = inverted(nn.ReLU6)
+    graph_module = top.capture(model, (x,)).eval()
+    result = EqualizeLayers(relu6="channel")(graph_module)
+    assert result.report.proof.status == "proven" and result.report.proof.error <= 1e-9
+    expand = folded(graph_module, "expand", "bn1").abs().flatten(1).amax(1)
+    depthwise = folded(graph_module, "depthwise", "bn2").abs().flatten(1).amax(1)
+    torch.testing.assert_close(expand, depthwise, rtol=1e-4, atol=0)
+    # section 4.1.1: the breakpoint 6 is divided by the scale, channel by channel
+    moved = folded(model, "expand", "bn1").abs().flatten(1).amax(1) / expand
+    bounds = [buffer for name, buffer in graph_module.named_buffers() if name.endswith("_bound")]
+    for channel in range(16):
+        assert float(bounds[0][channel, 0, 0]) == pytest.approx(6.0 / float(moved[channel]), rel=1e-4)
+    with torch.no_grad():
+        clipped = model.get_submodule("bn1")(model.get_submodule("expand")(x)) > 6
+        assert bool(clipped.any()), "the bound matters"
+        torch.testing.assert_close(graph_module(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not EqualizeLayers(relu6="channel")(graph_module).modified
+    # bounds are moved along with what they bound
+    scaled = top.capture(model, (x,)).eval()
+    EqualizeLayers(relu6="channel", max_sweeps=1)(scaled)
+    again = EqualizeLayers(relu6="channel")(scaled)
+    assert again.report.proof.status == "proven" and {e.target for e in again.plan.edits} & {"hardtanh_bound"}
+
+
+def test_relu6_of_joined_layers_has_the_bounds_of_both() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 3), nn.Linear(4, 5), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(torch.clamp(torch.cat([self.a(x), self.b(x)], -1), 0, 0.5))
+
+    torch.manual_seed(0)
+    model, x = Joined(), torch.randn(64, 4)
+    graph_module = top.capture(model, (x,)).eval()
+    result = EqualizeLayers(relu6="channel")(graph_module)
+    assert result.report.proof.status == "proven"
+    bound = graph_module.get_buffer("clamp_bound")
+    for name, part in (("a", bound[:3]), ("b", bound[3:])):
+        old, new = (m.get_parameter(f"{name}.weight").detach().abs().amax(1) for m in (model, graph_module))
+        torch.testing.assert_close(part, 0.5 * new / old, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(graph_module(x), model(x))
+
+
+@pytest.mark.parametrize("activation", [nn.Hardtanh, lambda: nn.Hardtanh(0.5, 2.0), lambda: nn.Threshold(0.1, 20)])
+def test_what_is_no_relu6_is_left_alone(activation: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), activation(), nn.Linear(6, 3))
+    for relu6 in ("channel", "relu"):
+        assert not EqualizeLayers(relu6=relu6)(top.capture(model, (torch.randn(2, 4),))).modified
 
 
 def test_residual_streams_are_left_alone() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from torchopt_passes.errors import ConfigError, PlanError
+from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional.equalization import equalization_scale
 from torchopt_passes.graph.axes import base_name
 from torchopt_passes.graph.base import GraphPass, PassContext
@@ -16,39 +16,17 @@ from torchopt_passes.graph.batch_norm import BatchNorm, foldable_into
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.folding import scale_of
+from torchopt_passes.graph.quantization.relu6 import BoundReLU6, ReplaceReLU6
 from torchopt_passes.graph.quantization.rescale import move_scale, unscaled, usable_sites
 from torchopt_passes.graph.quantization.scale_pairs import Axis, Site
 from torchopt_passes.graph.tensors import aliases, get_tensor
 from torchopt_passes.graph.verify import Inputs, StateInterpreter, evaluate
 from torchopt_passes.graph.weights import MATRIX_OPS, input_dim, parameter_behind
 
-__all__ = ["EqualizeLayers", "ReplaceReLU6"]
+__all__ = ["EqualizeLayers"]
 
-aten = torch.ops.aten
 _ENOUGH = 1e-3  # |log s| below which a scale changes nothing worth an edit
 _CONVERGED = 1e-6
-
-
-class ReplaceReLU6(Edit):
-    """Let a ReLU6, the node that is the target, be a ReLU: no bound that all channels share."""
-
-    on_source = False
-
-    def validate(self, module: nn.Module) -> None:
-        """Refuse a graph without that ReLU6."""
-        self._find(module)
-
-    def apply(self, module: nn.Module) -> None:
-        """Replace the operation; its node keeps its name."""
-        node = self._find(module)
-        node.target, node.args = aten.relu.default, node.args[:1]
-
-    def _find(self, module: nn.Module) -> fx.Node:
-        nodes = {node.name: node for node in module.graph.nodes}  # pyright: ignore
-        node = nodes.get(self.target)
-        if node is None or base_name(node) not in ("relu6", "hardtanh"):
-            raise PlanError(f"the graph has no ReLU6 {self.target!r}")
-        return node
 
 
 class EqualizeLayers(GraphPass):
@@ -63,16 +41,17 @@ class EqualizeLayers(GraphPass):
     It helps grids with one step for a whole weight, and the ranges of activations; run it before `InsertFakeQuant`.
 
     Args:
-        relu6: ``"skip"`` leaves layers with a ReLU6 between them alone; ``"relu"`` replaces those ReLU6 by ReLU first,
-            as the paper does, which changes what the model computes wherever it is above 6.
+        relu6: ``"skip"`` leaves layers with a ReLU6 between them alone; ``"channel"`` gives each of its channels the
+            bound 6 / s, which is exact and costs one element-wise minimum; ``"relu"`` replaces it by ReLU, as the paper
+            does, which changes what the model computes wherever it is above 6. The same for ``clamp(0, u)``.
         max_sweeps: visits to all pairs, at most.
 
     Source:
-        Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1 and
-        equation 11.
+        Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", sections
+        4.1.1 (bounds by channel) and 4.1.2, equation 11.
 
     Proof:
-        Outputs equal those before (with the replaced ReLU6 as ReLU) in float64 within 1e-9; scaled tensors are rounded
+        Outputs equal those before (with a ReLU6 as it is replaced) in float64 within 1e-9; scaled tensors are rounded
         to the model's dtype, so the graph before is run with what gives exactly those.
 
     Example:
@@ -82,7 +61,7 @@ class EqualizeLayers(GraphPass):
 
     claim = "outputs equal the outputs before, with the scaled values rounded to the model's dtype"
 
-    relu6: Literal["skip", "relu"] = "skip"
+    relu6: Literal["skip", "channel", "relu"] = "skip"
     max_sweeps: int = 1000
 
     def check(self) -> None:
@@ -92,7 +71,7 @@ class EqualizeLayers(GraphPass):
 
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Find the pairs, and the scales at which both sides of all of them have the same range."""
-        found, skips = usable_sites(graph_module, context or PassContext(), through_relu6=self.relu6 == "relu")
+        found, skips = usable_sites(graph_module, context or PassContext(), through_relu6=self.relu6 != "skip")
         nodes = {node.name: node for node in graph_module.graph.nodes}
         ranges = _Ranges(graph_module)
         sites: list[tuple[Site, str]] = []
@@ -105,7 +84,7 @@ class EqualizeLayers(GraphPass):
         before = [ranges.spread(site, weight) for site, weight in sites]
         scales = self._converge(ranges, sites)
         edits: list[Edit] = []
-        replaced: list[Edit] = []
+        scaled: list[tuple[Site, torch.Tensor]] = []
         for (site, weight), scale, spread in zip(sites, scales, before, strict=True):
             if float(scale.log().abs().max()) < _ENOUGH:
                 skips.append(Skip(target=site.name, reason="nothing to do: both sides have the same ranges"))
@@ -114,11 +93,8 @@ class EqualizeLayers(GraphPass):
             edits += move_scale(
                 site, scale, f"channels of {site.name} equalized with {site.partners}", numbers, self.name
             )
-            replaced += [
-                ReplaceReLU6(target=name, reason=f"its bound differs by channel of {site.name}")
-                for name in site.bounded
-            ]
-        return Plan((*{edit.target: edit for edit in replaced}.values(), *edits), tuple(skips))
+            scaled.append((site, scale.float()))
+        return Plan((*self._relu6(scaled), *edits), tuple(skips))
 
     def reference_state(self, graph_module: fx.GraphModule, plan: Plan) -> Mapping[str, torch.Tensor]:
         """Return the tensors that give exactly the stored ones once they are scaled."""
@@ -133,20 +109,33 @@ class EqualizeLayers(GraphPass):
         dtype: torch.dtype | None,
         record: dict[str, Any] | None = None,
     ) -> list[Any]:
-        """Run the graph before, with the replaced ReLU6 as ReLU."""
-        replaced = {edit.target for edit in plan.edits if isinstance(edit, ReplaceReLU6)}
+        """Run the graph before, with the ReLU6 as they are replaced."""
+        replaced = {edit.target: edit for edit in plan.edits if isinstance(edit, ReplaceReLU6 | BoundReLU6)}
 
-        class AsReLU(StateInterpreter):
+        class Replaced(StateInterpreter):
             def run_node(self, n: fx.Node) -> Any:
                 if n.name not in replaced:
                     return super().run_node(n)
-                value = torch.relu(self.fetch_args_kwargs_from_env(n)[0][0])
+                value = replaced[n.name].on(self.fetch_args_kwargs_from_env(n)[0][0], n)
                 if record is not None:
                     record[n.name] = value
                 return value
 
         state = self.reference_state(graph_module, plan)
-        return evaluate(graph_module, inputs, dtype=dtype, state=state, record=record, interpreter=AsReLU)
+        return evaluate(graph_module, inputs, dtype=dtype, state=state, record=record, interpreter=Replaced)
+
+    def _relu6(self, scaled: Iterable[tuple[Site, torch.Tensor]]) -> list[Edit]:
+        """Return what happens to the ReLU6 between layers that are scaled; one may hold channels of several."""
+        if self.relu6 == "relu":
+            names = {bounded.node: site.name for site, _ in scaled for bounded in site.bounded}
+            return [ReplaceReLU6(target=node, reason=f"bounds channels of {name}") for node, name in names.items()]
+        scales: dict[str, torch.Tensor] = {}
+        for site, scale in scaled:
+            for bounded in site.bounded:
+                own = torch.where(bounded.index < 0, 1.0, scale[bounded.index])
+                scales[bounded.node] = scales.get(bounded.node, torch.ones(())) * own
+        reason = "a bound for each channel: they are scaled apart"
+        return [BoundReLU6(target=node, reason=reason, scale=scale) for node, scale in scales.items()]
 
     def _converge(self, ranges: _Ranges, sites: Sequence[tuple[Site, str]]) -> list[torch.Tensor]:
         totals = [torch.ones(site.size, dtype=torch.float64) for site, _ in sites]

@@ -166,8 +166,8 @@ class InsertFakeQuant(GraphPass):
     eps and momentum are. `ConvertQuantized` folds it.
 
     Args:
-        target: where it will run: ``"inductor"`` (x86 CPU), ``"onnx"`` (ONNX Runtime, QDQ), ``"openvino"`` or
-            ``"tensorrt"`` (which wants ``activation_symmetric=True``).
+        target: where it will run: ``"inductor"`` (x86 CPU), ``"onnx"`` (ONNX Runtime, QDQ), ``"openvino"``,
+            ``"tensorrt"``, ``"litert"``, ``"executorch"``, or ``"reference"``.
         qat: True learns ranges and rounds in training from now on; False waits for `Calibrate`.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
@@ -179,8 +179,9 @@ class InsertFakeQuant(GraphPass):
             pairs of products in 16 bits, and 2 * 255 * 127 would saturate there.
         per_channel: a scale for each output channel of a weight, or one for the whole weight.
         weight_symmetric: int8 weights about zero; False for uint8 weights with a zero point, which Inductor lacks.
-        activation_symmetric: int8 activations about zero, which Inductor lacks, and which ONNX Runtime computes in
-            float on x86 (TensorRT and ARM want them); False for uint8 activations with a zero point.
+        activation_symmetric: None for what the target computes with: int8 activations about zero for TensorRT, uint8
+            activations with a zero point for the others. True asks for int8, which Inductor lacks, and which ONNX
+            Runtime computes in float on x86 (ARM wants them); False asks for uint8, which TensorRT lacks.
         power_of_two: round every step up to a power of two, for hardware that rescales by shifts.
         group_size: a scale for each so many consecutive values of an output channel of a weight; 0 for one scale. A
             weight that it does not divide, and those of convolutions, keep theirs, with the reason.
@@ -217,7 +218,7 @@ class InsertFakeQuant(GraphPass):
     reduce_range: bool = False
     per_channel: bool = True
     weight_symmetric: bool = True
-    activation_symmetric: bool = False
+    activation_symmetric: bool | None = None
     power_of_two: bool = False
     group_size: int = 0
     activation_range: Literal["static", "dynamic", "token"] = "static"
@@ -229,8 +230,8 @@ class InsertFakeQuant(GraphPass):
         """Refuse an unknown target, grids that its kernels cannot take, and widths outside int8."""
         no_grid = get_target(self.target).refused
         asked = {
-            "int8 activations": self.activation_symmetric,
-            "uint8 activations": not self.activation_symmetric,
+            "int8 activations": self.activation_symmetric is True,
+            "uint8 activations": self.activation_symmetric is False,
             "uint8 weights": not self.weight_symmetric,
             "weights by group": self.group_size != 0,
             "activation ranges at run time": self.activation_range != "static",
@@ -238,8 +239,8 @@ class InsertFakeQuant(GraphPass):
         }
         for grid in (name for name, wanted in asked.items() if wanted and name in no_grid):
             raise ConfigError(f"InsertFakeQuant: target {self.target!r} cannot run {grid}: {no_grid[grid]}")
-        if self.reduce_range and self.activation_symmetric:
-            raise ConfigError("InsertFakeQuant: reduce_range is for uint8 activations: activation_symmetric=False")
+        if self.reduce_range and self.signed_activations:
+            raise ConfigError("InsertFakeQuant: reduce_range is for uint8 activations, not for int8 ones about zero")
         if self.group_size < 0 or (self.group_size and not self.per_channel):
             raise ConfigError(f"InsertFakeQuant: group_size must be >= 0, with per_channel=True, not {self.group_size}")
         if self.activation_format in SCALED_FORMATS and self.activation_range == "static":
@@ -258,6 +259,13 @@ class InsertFakeQuant(GraphPass):
             check_bits(bits_of.option, bits_of.bits)
         if not 0.0 < self.momentum <= 1.0:
             raise ConfigError(f"InsertFakeQuant: momentum must be in (0, 1], not {self.momentum}")
+
+    @property
+    def signed_activations(self) -> bool:
+        """Whether activations are int8 about zero: as asked, else as the target computes."""
+        if self.activation_symmetric is None:
+            return "uint8 activations" in get_target(self.target).no_grid
+        return self.activation_symmetric
 
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Choose the places; see the class."""
@@ -310,7 +318,7 @@ class InsertFakeQuant(GraphPass):
         weight = place.weight
         # a place that no matrix operation reads, such as the output of the last convolution, has no bits of its own
         bits = bits or self._bits_of()[1].default
-        signed = self.activation_symmetric if weight is None else self.weight_symmetric
+        signed = self.signed_activations if weight is None else self.weight_symmetric
         low, high = integer_range(bits, signed=signed)
         per_channel = weight is not None and self.per_channel
         channels = 1

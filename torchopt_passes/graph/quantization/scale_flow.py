@@ -22,7 +22,7 @@ from torchopt_passes.graph.quantization.targets import KINDS
 from torchopt_passes.graph.tensors import aliases
 from torchopt_passes.graph.weights import MATRIX_OPS, VIEW_OPS, input_dim, parameter_behind
 
-__all__ = ["Axis", "BlockedError", "Facts", "Flow", "Reader"]
+__all__ = ["Axis", "BlockedError", "Bounded", "Facts", "Flow", "Reader", "upper_bound"]
 
 _WORDS = {
     "moves": "view _unsafe_view reshape flatten unflatten permute transpose t squeeze unsqueeze expand slice select "
@@ -34,7 +34,7 @@ _WORDS = {
     "pools": "max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest upsample_bilinear",
 }
 _MOVES, _SCALED, _FUNCTIONS, _POOLS = (frozenset(words.split()) for words in _WORDS.values())
-_BOUNDED = frozenset(("relu6", "hardtanh"))
+_CLIPS: dict[str, tuple[Any, Any]] = {"relu6": (0, 6), "hardtanh": (-1, 1), "clamp": (None, None)}
 _KEEP_NUMBERS = frozenset(("permute", "transpose", "flatten", "squeeze"))  # no size of channels stands in these
 
 
@@ -70,6 +70,19 @@ class Reader:
     value: str
     read_dim: int
     axis: Axis
+    index: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Bounded:
+    """A ReLU6 on the way of the channels.
+
+    Args:
+        node: its name.
+        index: int64, the channel of each element, with sizes of 1 where it is the same; -1 for another layer's.
+    """
+
+    node: str
     index: torch.Tensor
 
 
@@ -152,7 +165,7 @@ class Flow:
         self._copies, self._through_relu6 = copies, through_relu6
         self._labels: dict[fx.Node, Any] = {start: label}
         self.readers: list[Reader] = []
-        self.bounded: list[str] = []
+        self.bounded: list[Bounded] = []
         self._start = start
 
     def follow(self) -> None:
@@ -203,8 +216,10 @@ class Flow:
             return self._agreed(labels, node) if len(labels) == 2 else self._blocked(node)
         if name in _SCALED or (name in _FUNCTIONS and self._copies):
             return labels[0]
-        if name in _BOUNDED and self._through_relu6 and (node.args[1:2] or (0,))[0] == 0:
-            self.bounded.append(node.name)
+        if self._through_relu6 and upper_bound(node) is not None:
+            self.bounded.append(Bounded(node.name, _narrowed(labels[0])))
+            return labels[0]
+        if name == "minimum" and not self._copies and self._has_bounds(node, labels[0]):
             return labels[0]
         if name in _MOVES:
             return self._move(node, name)
@@ -302,6 +317,18 @@ class Flow:
         what = "a sum with others" if name in ("add", "sub") and isinstance(other, fx.Node) else name
         raise BlockedError(f"its channels go into {what} ({node.name}), which no scale passes")
 
+    def _has_bounds(self, node: fx.Node, label: torch.Tensor) -> bool:
+        """Whether a minimum is with a buffer of one bound for each channel, which then makes the channels too."""
+        other = node.args[1]
+        if not isinstance(other, fx.Node) or other.op != "get_attr":
+            return False
+        index = _narrowed(label)
+        own = index.numel() == index.shape[0] and torch.equal(index.flatten(), torch.arange(len(index)))
+        if not own or self.facts.sizes[other.name].shape != index.shape:
+            return False
+        self.makers.append(Axis(self.facts.name(other), 0))
+        return True
+
     def _attended(self, node: fx.Node, name: str) -> torch.Tensor:
         """Follow the values of attention: a weighted mean over positions."""
         value: Any = node.args[2 if name == "scaled_dot_product_attention" else 1]
@@ -317,6 +344,26 @@ class Flow:
         if labels[0].shape != labels[1].shape or not torch.equal(labels[0], labels[1]):
             raise BlockedError(f"its channels meet others of its own in {base_name(node)} ({node.name})")
         return labels[0]
+
+
+def upper_bound(node: fx.Node) -> float | None:
+    """Return u of an operation that computes min(max(x, 0), u), as ReLU6 does; None for any other."""
+    name = base_name(node)
+    if name not in _CLIPS or str(node.target).endswith(".Tensor"):
+        return None
+    given = (*node.args[1:3], *_CLIPS[name][len(node.args) - 1 :])
+    low, high = (node.kwargs.get(key, value) for key, value in zip(("min", "max"), given, strict=True))
+    return float(high) if low == 0 and isinstance(high, int | float) and high > 0 else None
+
+
+def _narrowed(label: torch.Tensor) -> torch.Tensor:
+    """Return labels with a size of 1 in each dimension along which they are the same, without such leading ones."""
+    for dim in range(label.ndim):
+        first = label.narrow(dim, 0, 1)
+        label = first if bool((label == first).all()) else label
+    while label.ndim > 1 and label.shape[0] == 1:
+        label = label[0]
+    return label
 
 
 def _one_position(label: torch.Tensor, dims: Any, node: fx.Node) -> torch.Tensor:

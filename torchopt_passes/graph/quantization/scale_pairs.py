@@ -18,7 +18,7 @@ from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.axes import Axes, base_name
 from torchopt_passes.graph.batch_norm import BatchNorm, foldable_into
 from torchopt_passes.graph.inplace import make_out_of_place
-from torchopt_passes.graph.quantization.scale_flow import Axis, BlockedError, Facts, Flow, Reader
+from torchopt_passes.graph.quantization.scale_flow import Axis, BlockedError, Bounded, Facts, Flow, Reader
 from torchopt_passes.graph.weights import MATRIX_OPS, input_dim, parameter_behind
 
 __all__ = ["Axis", "Reader", "Site", "find_sites"]
@@ -34,7 +34,7 @@ class Site:
         size: number of channels.
         makers: what makes the channels: weight and bias.
         readers: what reads them.
-        bounded: names of the ReLU6 on the way (none unless they were allowed).
+        bounded: the ReLU6 on the way (none unless they were allowed).
         why_not: why no scale can be moved; empty when it can.
     """
 
@@ -43,7 +43,7 @@ class Site:
     size: int
     makers: tuple[Axis, ...] = ()
     readers: tuple[Reader, ...] = ()
-    bounded: tuple[str, ...] = ()
+    bounded: tuple[Bounded, ...] = ()
     why_not: str = ""
 
     @property
@@ -76,7 +76,7 @@ def find_sites(graph_module: fx.GraphModule, *, copies: bool = False, through_re
         graph_module: a captured graph without fake-quantizers, with example inputs.
         copies: ask for channels that can be duplicated instead: every function of one value lets them through, norms
             over channels do not.
-        through_relu6: let ReLU6 pass, as if it were ReLU.
+        through_relu6: let ReLU6 pass, as if it had no bound.
 
     Raises:
         ConfigError: the graph has no example inputs, or holds fake-quantizers.
