@@ -70,6 +70,20 @@ class Attention(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
+class HighBias(nn.Module):
+    """Channels that a ReLU lets through unchanged, since their bias lies more than three deviations above zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.norm2 = nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.BatchNorm2d(8, eps=1e-3)
+        self.last, self.fc = nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm2(self.depthwise(torch.relu(self.norm1(self.first(x))))))
+        return self.fc(torch.relu(self.last(x)).mean((2, 3)))
+
+
 class NoMatch(nn.Module):
     """Nothing any pass can change."""
 
@@ -96,9 +110,15 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[..., tuple[torch.Tensor]]
 }
 
 
+OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[..., tuple[torch.Tensor]]]] = {
+    "high_bias": (HighBias, images)
+}
+"""Models for the passes that find nothing to do on the zoo."""
+
+
 def build(name: str) -> tuple[nn.Module, tuple[torch.Tensor]]:
     """Return a zoo model with fixed weights and non-trivial batch-norm statistics, and its example inputs."""
-    make, inputs = ZOO[name]
+    make, inputs = (ZOO | OTHERS)[name]
     torch.manual_seed(0)
     model = make()
     for module in model.modules():
@@ -107,4 +127,6 @@ def build(name: str) -> tuple[nn.Module, tuple[torch.Tensor]]:
             nn.init.uniform_(module.running_var, 0.2, 2.0)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
+            if isinstance(model, HighBias):
+                module.bias.data[::2] += 6.0
     return model, inputs()

@@ -111,6 +111,7 @@ from .graph.pruning import remove_torch_prune as remove_torch_prune
 from .graph.pruning import to_torch_prune as to_torch_prune
 from .graph.pruning.pruned_files import load_pruned as load_pruned
 from .graph.removal_proof import verify_removal as verify_removal
+from .graph.quantization import AbsorbHighBias as AbsorbHighBias
 from .graph.quantization import Calibrate as Calibrate
 from .graph.quantization import ClusterWeights as ClusterWeights
 from .graph.quantization import ConvertQuantized as ConvertQuantized

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchopt_passes.functional.equalization import (
+    absorbed_bias,
     activation_scale,
+    carried_bias,
     equalization_scale,
     pool_moments,
     smoothing_scale,
@@ -103,3 +105,29 @@ def test_the_largest_channel_is_halved_each_time(sizes: list[float], count: int)
         origin.append(origin[place])
     x = torch.randn(len(sizes), generator=torch.Generator().manual_seed(count), dtype=torch.float64)
     torch.testing.assert_close(split @ x[torch.tensor(origin)], weight @ x, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-5, 50), min_size=1, max_size=6), st.floats(0.0, 4.0), st.randoms(use_true_random=False))
+def test_absorbed_bias_is_three_deviations_below_the_mean(
+    beta: list[float], deviations: float, chance: random.Random
+) -> None:
+    gamma = [chance.uniform(-3, 3) for _ in beta]
+    got = absorbed_bias(torch.tensor(beta).double(), torch.tensor(gamma).double(), deviations).tolist()
+    for c, b, g in zip(got, torch.tensor(beta).tolist(), torch.tensor(gamma).tolist(), strict=True):
+        expected = max(0.0, b - deviations * abs(g))
+        assert c == pytest.approx(expected if expected > 1e-6 * b else 0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("groups", "kernel"), [(1, ()), (1, (3,)), (2, (2, 3)), (4, (3, 3))])
+def test_carried_bias_is_the_sum_over_inputs_and_kernel(groups: int, kernel: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 4 // groups, *kernel, generator=generator, dtype=torch.float64)
+    value = torch.randn(4, generator=generator, dtype=torch.float64)
+    got = carried_bias(weight, value, groups)
+    for out in range(8):
+        group = out // (8 // groups)
+        total = 0.0
+        for i in range(4 // groups):
+            total += sum(float(w) for w in weight[out, i].flatten()) * float(value[group * (4 // groups) + i])
+        assert float(got[out]) == pytest.approx(total, rel=1e-12)

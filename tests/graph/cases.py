@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 import torchopt_passes as top
-from tests.models import ZOO, build
+from tests.models import OTHERS, ZOO, build
 from torchopt_passes.graph.fusion import FuseBatchNorm
 from torchopt_passes.graph.quantization import (
+    AbsorbHighBias,
     Calibrate,
     ConvertQuantized,
     CorrectBias,
@@ -51,7 +52,7 @@ class PassCase:
         """Return the captured model with the earlier passes applied, and the context."""
         source, inputs = build(model)
         graph_module = top.capture(source, inputs)
-        context = top.PassContext(calibration=[ZOO[model][1](n) for n in (2, 3)])
+        context = top.PassContext(calibration=[(ZOO | OTHERS)[model][1](n) for n in (2, 3)])
         for make in self.before:
             make()(graph_module, context)
         return graph_module, context
@@ -121,6 +122,9 @@ CASES: dict[str, PassCase] = {
         models=("conv_residual",),
         keeps_objects=False,
         bad=({"relu6": "gelu"}, {"max_sweeps": 0}),
+    ),
+    "absorb_high_bias": PassCase(
+        make=AbsorbHighBias, models=("high_bias",), keeps_objects=False, bad=({"deviations": -1.0},)
     ),
     "correct_bias": PassCase(
         make=CorrectBias,

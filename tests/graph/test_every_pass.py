@@ -164,11 +164,11 @@ def test_identity_ties_frozen_and_buffers_survive(run) -> None:
 
 def test_deepcopy_and_another_batch_size(run) -> None:
     case, model, graph_module, context = run
-    from tests.models import ZOO
+    from tests.models import OTHERS, ZOO
 
     case.make()(graph_module, context)
     twin = copy.deepcopy(graph_module).eval()
-    inputs = ZOO[model][1](5)
+    inputs = (ZOO | OTHERS)[model][1](5)
     with torch.no_grad():
         out = graph_module.eval()(*inputs)
         torch.testing.assert_close(twin(*inputs), out, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Scales that are moved between layers so that both quantize better, pooled moments, and channel splitting."""
+"""Scales and biases that are moved between layers so that both quantize better, pooled moments, channel splitting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import heapq
 import torch
 
 __all__ = [
+    "absorbed_bias",
     "activation_scale",
+    "carried_bias",
     "equalization_scale",
     "pool_moments",
     "smoothing_scale",
@@ -36,6 +38,52 @@ def equalization_scale(made: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
     """
     scale = torch.sqrt(made * read) / read
     return torch.where((made > 0) & (read > 0) & torch.isfinite(scale), scale, 1.0)
+
+
+def absorbed_bias(beta: torch.Tensor, gamma: torch.Tensor, deviations: float = 3.0) -> torch.Tensor:
+    """Return what can be taken off the bias of each channel in front of a ReLU, and added behind it.
+
+    Formula, for values that are normal with the mean beta and the deviation gamma of their batch norm:
+        c = max(0, beta - 3 |gamma|), so that relu(x - c) = relu(x) - c for all values above c: 99.865 % of them
+    Where that is less than a millionth of beta it is 0.
+
+    Args:
+        beta: bias of the batch norm, shape [C].
+        gamma: its weight, shape [C].
+        deviations: the 3 of the formula.
+
+    Source:
+        Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1.3.
+
+    Example:
+        >>> absorbed_bias(torch.tensor([5.0, 1.0]), torch.tensor([-1.0, 1.0]))
+        tensor([2., 0.])
+    """
+    share = (beta - deviations * gamma.abs()).clamp(min=0.0)
+    return torch.where(share > 1e-6 * beta, share, 0.0)
+
+
+def carried_bias(weight: torch.Tensor, value: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """Return what a layer makes of an input that is the same everywhere: W c, shape [out].
+
+    Formula: (W c)_o = sum_ik W_oik c_i over the input channels i of the group of o, and the places k of the kernel.
+
+    Args:
+        weight: shape [out, in / groups, *kernel].
+        value: c, shape [in].
+        groups: of a convolution.
+
+    Source:
+        Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1.3:
+        b' = b + W c.
+
+    Example:
+        >>> carried_bias(torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([3.0, 1.0]))
+        tensor([ 5., -1.])
+    """
+    per_input = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    own = value.reshape(groups, 1, -1).expand(groups, len(weight) // groups, -1).flatten(0, 1)
+    return (per_input * own).sum(1)
 
 
 def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchopt_passes.graph.quantization.absorb_high_bias import AbsorbHighBias
 from torchopt_passes.graph.quantization.calibrate import Calibrate, SetObserverState
 from torchopt_passes.graph.quantization.cluster_weights import ClusterWeights
 from torchopt_passes.graph.quantization.convert_quantized import ConvertQuantized, LowerQuantizer
@@ -24,6 +25,7 @@ from torchopt_passes.graph.quantization.store_codebook import StoreCodebook
 from torchopt_passes.graph.quantization.store_integers import StoreIntegers
 
 __all__ = [
+    "AbsorbHighBias",
     "BoundReLU6",
     "Calibrate",
     "ClusterWeights",
