@@ -14,6 +14,7 @@ from torchopt_passes._compat import flat_inputs
 from torchopt_passes.graph.modes import MODE_ARGS, in_one_mode
 
 __all__ = [
+    "IN_FLOAT32",
     "Inputs",
     "StateInterpreter",
     "buffers_kept",
@@ -23,6 +24,9 @@ __all__ = [
     "relative_error",
     "sqnr",
 ]
+
+IN_FLOAT32 = "in_float32"
+"""The key of a node's meta that tells that it computes a grid: in float32, whatever the rest is run in."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Example inputs of a model: positional and keyword arguments."""
@@ -166,11 +170,16 @@ class StateInterpreter(fx.Interpreter):
         self._dtype, self._state, self._record = dtype, state, record
 
     def run_node(self, n: fx.Node) -> Any:  # noqa: D102
-        value = super().run_node(n)
+        value = self._run_in_float32(n) if self._dtype is not None and IN_FLOAT32 in n.meta else super().run_node(n)
         if self._record is not None:
             # in-place ops (batch-norm counters) would change a recorded value later
             self._record[n.name] = pytree.tree_map_only(torch.Tensor, torch.clone, value)
         return value
+
+    def _run_in_float32(self, n: fx.Node) -> Any:
+        # both sides of a comparison land on the same step, and casts to narrow floats are what they are
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _narrow, self.fetch_args_kwargs_from_env(n))
+        return _cast(n.target(*args, **kwargs), self._dtype)  # pyright: ignore[reportCallIssue]
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: D102
         value = self._state.get(target)
@@ -193,6 +202,10 @@ class StateInterpreter(fx.Interpreter):
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     floating = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.to(dtype) if floating and dtype is not None else value
+
+
+def _narrow(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.dtype is torch.float64 else value
 
 
 def _user_line(node: fx.Node) -> str:

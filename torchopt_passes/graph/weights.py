@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx
 
 from torchopt_passes.graph.tensors import aliases
 
-__all__ = ["MATRIX_OPS", "VIEW_OPS", "input_dim", "matrix_weights", "parameter_behind"]
+__all__ = ["MATRIX_OPS", "VIEW_OPS", "input_dim", "matrix_weights", "parameter_behind", "weight_uses"]
 
 aten = torch.ops.aten
 
@@ -35,11 +36,13 @@ MATRIX_OPS: dict[object, tuple[int, ...]] = {
 VIEW_OPS: frozenset[object] = frozenset(
     {
         aten.t.default,
+        aten.numpy_T.default,
         aten.transpose.int,
         aten.permute.default,
         aten.view.default,
         aten.reshape.default,
         aten.contiguous.default,
+        aten.clone.default,
         aten.to.dtype,
         aten.to.dtype_layout,
         aten.detach.default,
@@ -60,22 +63,36 @@ def parameter_behind(node: object) -> str | None:
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
+def weight_uses(
+    graph_module: fx.GraphModule,
+    operations: Mapping[object, tuple[int, ...]] = MATRIX_OPS,
+    graph: fx.Graph | None = None,
+) -> Iterator[tuple[str, fx.Node, int]]:
+    """Yield each use of a parameter as a weight, in order: its first fqn, the operation, and the weight's position.
+
+    Args:
+        graph_module: owner of the parameters.
+        operations: which operations have weights -> the positions of those.
+        graph: the graph to look at; by default its own.
+    """
+    first = aliases(graph_module)
+    parameters = {name for name, _ in graph_module.named_parameters()}
+    for node in (graph or graph_module.graph).nodes:
+        for position in operations.get(node.target, ()) if node.op == "call_function" else ():
+            name = parameter_behind(node.args[position]) if position < len(node.args) else None
+            fqn = first.get(name or "")
+            if fqn in parameters:
+                yield fqn, node, position
+
+
 def matrix_weights(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """Return the fqn of every parameter used as the weight of a matrix operation -> the operations that use it.
 
     A tied parameter, and the parameter of a module that is called twice, is one entry with several uses.
     """
-    first = aliases(graph_module)
-    parameters = {name for name, _ in graph_module.named_parameters()}
     found: dict[str, list[fx.Node]] = defaultdict(list)
-    for node in graph_module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        for position in MATRIX_OPS.get(node.target, ()):
-            fqn = parameter_behind(node.args[position]) if position < len(node.args) else None
-            fqn = first.get(fqn or "")
-            if fqn in parameters:
-                found[fqn].append(node)
+    for fqn, node, _ in weight_uses(graph_module):
+        found[fqn].append(node)
     return dict(found)
 
 
@@ -99,8 +116,8 @@ def input_dim(node: fx.Node, fqn: str) -> int | None:
 def _through_views(node: object, dim: int, ndim: int) -> int | None:
     """Follow one dimension from the end of a chain of views back to the parameter."""
     while isinstance(node, fx.Node) and node.op in ("call_function", "call_module"):
-        if node.target is aten.t.default:
-            dim = 1 - dim
+        if node.target in (aten.t.default, aten.numpy_T.default):
+            dim = ndim - 1 - dim
         elif node.target is aten.transpose.int:
             first, second = (int(d) % ndim for d in node.args[1:3])  # pyright: ignore[reportArgumentType]
             dim = {first: second, second: first}.get(dim, dim)

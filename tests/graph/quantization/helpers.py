@@ -14,7 +14,7 @@ from torchopt_passes.graph.quantization.targets import TARGETS
 
 ATEN = torch.ops.aten
 UINT8_TARGETS = [name for name, target in TARGETS.items() if "uint8 activations" not in target.no_grid]
-"""The targets that take the default grids."""
+"""The targets whose activations are uint8 unless asked otherwise."""
 
 
 def prepare(model: nn.Module, batches: list[Any], **options: Any) -> fx.GraphModule:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import torchopt_passes as top
-from tests.graph.quantization.helpers import convert, output, prepare, quantizers
+from tests.graph.quantization.helpers import convert, nodes, output, prepare, quantizers
 from tests.models import build
+from torchopt_passes._compat import decomposed_ops
 from torchopt_passes.graph.quantization import InsertFakeQuant
+from torchopt_passes.graph.quantization.targets import TARGETS
 
 
 def made(option: str, value: object) -> InsertFakeQuant:
@@ -123,6 +125,17 @@ GRIDS: list[dict[str, Any]] = [
     {"activation_symmetric": True, "weight_symmetric": False, "power_of_two": True},
     {"power_of_two": True},
 ]
+
+
+def test_activations_are_what_the_target_computes_with() -> None:
+    for target in TARGETS:
+        assert InsertFakeQuant(target=target).signed_activations == (target == "tensorrt")
+    assert InsertFakeQuant(target="onnx", activation_symmetric=True).signed_activations
+    with pytest.raises(top.ConfigError, match="'tensorrt' cannot run uint8 activations"):
+        InsertFakeQuant(target="tensorrt", activation_symmetric=False)
+    model, inputs = build("conv_residual")
+    converted = convert(model, [inputs], target="tensorrt")
+    assert all(node.args[2] == 0 for node in nodes(converted, decomposed_ops().quantize_per_tensor.default))
 
 
 @pytest.mark.parametrize("options", GRIDS, ids=lambda o: " ".join(o))

@@ -21,12 +21,13 @@ from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fake_quantizers
 from torchopt_passes.graph.quantization.observers import ChosenRange, RangeObserver
+from torchopt_passes.graph.quantization.places import chosen_places
 from torchopt_passes.graph.quantization.state import fake_quant_off
 from torchopt_passes.graph.verify import buffers_kept, in_eval_mode, sqnr
 from torchopt_passes.progress import track
 from torchopt_passes.ranks import sum_over_ranks
 
-__all__ = ["Calibrate", "SetObserverState", "quantizer_places"]
+__all__ = ["Calibrate", "SetObserverState"]
 
 
 class SetObserverState(Edit):
@@ -119,30 +120,20 @@ class Calibrate(GraphPass):
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Run the batches on the graph as it is, with observers outside it: nothing of it is touched."""
         context = context or PassContext()
-        places, quantizers = quantizer_places(graph_module), dict(fake_quantizers(graph_module))
-        skips: list[Skip] = []
-        for name, target in list(places.items()):
-            pattern = context.skipped_by(target) or context.skipped_by(name)
-            if pattern is not None:
-                skips.append(Skip(target=target, reason=f"skip pattern {pattern!r}"))
-                del places[name]
-            elif quantizers[name].fitted_to_value:
-                skips.append(Skip(target=target, reason="nothing to do: its grid is fitted to each value"))
-                del places[name]
+        places, skips = chosen_places(graph_module, context, _why_not)
         if not places:
-            reason = "nothing to do: the graph has no fake-quantizers (InsertFakeQuant comes first)"
-            return Plan(skips=tuple(skips) or (Skip(target="graph", reason=reason),))
+            return Plan(skips=tuple(skips))
         if context.calibration is None:
             raise ConfigError("Calibrate needs data: PassContext(calibration=[batch, ...])")
-        ranges, batches = self._ranges(graph_module, set(places), context.calibration, context.ranks)
+        names = {place.name for place in places}
+        ranges, batches = self._ranges(graph_module, names, context.calibration, context.ranks)
         edits: list[Edit] = []
-        for name, target in places.items():
-            chosen = ranges[name]
-            quantizer = graph_module.get_submodule(name)
-            if not isinstance(quantizer, FakeQuantizer) or _same(quantizer, chosen.low, chosen.high):
-                skips.append(Skip(target=target, reason="nothing to do: it has this range already"))
+        for place in places:
+            chosen = ranges[place.name]
+            if _same(place.quantizer, chosen.low, chosen.high):
+                skips.append(Skip(target=place.target, reason="nothing to do: it has this range already"))
                 continue
-            edits.append(self._edit(target, name, quantizer, chosen, batches))
+            edits.append(self._edit(place.target, place.name, place.quantizer, chosen, batches))
         return Plan(tuple(edits), tuple(skips))
 
     def referring(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
@@ -269,16 +260,8 @@ def _folded(
     return weight * along(quantizer.channel_scale(gamma, var), weight.ndim, quantizer.weight_dim)
 
 
-def quantizer_places(graph_module: fx.GraphModule) -> dict[str, str]:
-    """Return the name of every fake-quantizer that is called -> the user's name of what it rounds."""
-    known = {name for name, _ in fake_quantizers(graph_module)}
-    found: dict[str, str] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module" and node.target in known:
-            value = node.args[0]
-            is_state = isinstance(value, fx.Node) and value.op == "get_attr"
-            found.setdefault(str(node.target), str(value.target) if is_state else str(value))
-    return found
+def _why_not(quantizer: FakeQuantizer) -> str:
+    return "nothing to do: its grid is fitted to each value" if quantizer.fitted_to_value else ""
 
 
 def _same(quantizer: FakeQuantizer, low: torch.Tensor, high: torch.Tensor) -> bool:

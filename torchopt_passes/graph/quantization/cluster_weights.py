@@ -17,11 +17,11 @@ from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.codebook_weight import Layout
-from torchopt_passes.graph.quantization.input_moments import EMBEDDING_OPS, input_moments, weight_uses
+from torchopt_passes.graph.quantization.input_moments import EMBEDDING_OPS, input_moments
 from torchopt_passes.graph.quantization.store_codebook import StoreCodebook
 from torchopt_passes.graph.tensors import aliases, check_patterns, matching_pattern
 from torchopt_passes.graph.verify import sqnr
-from torchopt_passes.graph.weights import input_dim
+from torchopt_passes.graph.weights import MATRIX_OPS, input_dim, weight_uses
 from torchopt_passes.progress import track
 
 __all__ = ["ClusterWeights"]
@@ -94,7 +94,7 @@ class ClusterWeights(GraphPass):
         context = context or PassContext()
         check_patterns(graph_module, tuple(self.overrides or {}), "overrides")
         uses: dict[str, list[tuple[fx.Node, int]]] = {}
-        for fqn, node, position in weight_uses(graph_module, graph_module.graph):
+        for fqn, node, position in weight_uses(graph_module, MATRIX_OPS | EMBEDDING_OPS):
             uses.setdefault(fqn, []).append((node, position))
         edits: list[Edit] = []
         skips: list[Skip] = []

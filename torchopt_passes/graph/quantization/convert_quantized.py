@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchopt_passes.errors import PassError, PlanError
+from torchopt_passes.errors import PlanError
 from torchopt_passes.graph.base import GraphPass, PassContext
-from torchopt_passes.graph.edit import Edit, Skip
+from torchopt_passes.graph.edit import Edit
 from torchopt_passes.graph.plan import Plan
-from torchopt_passes.graph.quantization.calibrate import quantizer_places
-from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
+from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fake_quantizers
 from torchopt_passes.graph.quantization.folding import exact_means
 from torchopt_passes.graph.quantization.lowering import lower
+from torchopt_passes.graph.quantization.places import check_ranges, chosen_places
 from torchopt_passes.graph.quantization.state import fake_quant_on
+from torchopt_passes.graph.quantization.value_quantizer import ValueQuantizer
 
 __all__ = ["ConvertQuantized", "LowerQuantizer"]
 
@@ -40,8 +41,6 @@ class LowerQuantizer(Edit):
         quantizer = dict(fake_quantizers(module)).get(self.quantizer)
         if quantizer is None:
             raise PlanError(f"the graph has no fake-quantizer {self.quantizer!r}")
-        if quantizer.fitted_to_value:
-            raise PlanError(f"{self.quantizer!r} is fitted to each value: it has no grid to store")
         if not quantizer.has_range:
             raise PlanError(f"{self.quantizer!r} has seen no data")
 
@@ -62,7 +61,9 @@ class ConvertQuantized(GraphPass):
     Activations get quantize and dequantize ops, weights are stored as int8 under their own name with
     ``<name>_scale`` and ``<name>_zero_point`` beside them (that of a plain product x W, such as GPT-2's ``Conv1D``,
     transposed: int8 kernels exist for linears alone), batch norms are folded into the convolution or linear in
-    front of them and their state is gone. ``on_copy(ConvertQuantized())`` keeps the prepared graph.
+    front of them and their state is gone. Grids that are fitted to each value become operations in float around the
+    same integers (by row), or casts to the narrow floats that weights are then stored in.
+    ``on_copy(ConvertQuantized())`` keeps the prepared graph.
 
     Args:
         fold_weights: store weights as int8 (ONNX, Inductor); False keeps float weights that the graph rounds, which
@@ -89,42 +90,9 @@ class ConvertQuantized(GraphPass):
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Lower every fake-quantizer that no skip pattern covers."""
         context = context or PassContext()
-        edits: list[Edit] = []
-        skips: list[Skip] = []
-        empty: list[str] = []
-        quantizers = dict(fake_quantizers(graph_module))
-        for name, target in quantizer_places(graph_module).items():
-            quantizer = quantizers[name]
-            pattern = context.skipped_by(target) or context.skipped_by(name)
-            if pattern is not None:
-                skips.append(Skip(target=target, reason=f"skip pattern {pattern!r}"))
-                continue
-            if quantizer.fitted_to_value:
-                reason = "kept as a fake-quantizer: its grid is fitted to each value, which no target stores yet"
-                skips.append(Skip(target=target, reason=reason))
-                continue
-            if not quantizer.has_range:
-                empty.append(f"{target} ({name})")
-                continue
-            what = f"stored as {quantizer.dtype}".replace("torch.", "") if quantizer.exact else "quantize, dequantize"
-            step = float(quantizer.scale.max())
-            numbers = {"step": step, "zero_point": float(quantizer.zero_point.max()), "bits": float(quantizer.bits)}
-            edits.append(
-                LowerQuantizer(
-                    target=target,
-                    reason=f"{quantizer.bits}-bit grid: {what}",
-                    numbers=numbers,
-                    quantizer=name,
-                    fold_weights=self.fold_weights,
-                )
-            )
-        if empty:
-            raise PassError(
-                f"{self.name}: {len(empty)} fake-quantizers have seen no data: {', '.join(empty[:3])}: "
-                "run Calibrate, or train with observers on, first"
-            )
-        if not edits and not skips:
-            skips.append(Skip(target="graph", reason="nothing to do: the graph has no fake-quantizers"))
+        places, skips = chosen_places(graph_module, context)
+        check_ranges(self.name, places, "run Calibrate, or train with observers on")
+        edits = [self._edit(place.name, place.target, place.quantizer) for place in places]
         return Plan(tuple(edits), tuple(skips))
 
     def referring(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
@@ -135,6 +103,22 @@ class ConvertQuantized(GraphPass):
         """Return the running means with which the batch norms before give exactly the stored biases, in float64."""
         lowered = {edit.quantizer for edit in plan.edits if isinstance(edit, LowerQuantizer)}
         return exact_means(graph_module, lowered)
+
+    def _edit(self, name: str, target: str, quantizer: FakeQuantizer) -> LowerQuantizer:
+        numbers = {"bits": float(quantizer.bits)}
+        if isinstance(quantizer, ValueQuantizer):
+            reason = f"{quantizer.kind}, fitted to each value, in float operations"
+        else:
+            what = f"stored as {quantizer.dtype}".replace("torch.", "") if quantizer.exact else "quantize, dequantize"
+            reason = f"{quantizer.bits}-bit grid: {what}"
+            numbers |= {"step": float(quantizer.scale.max()), "zero_point": float(quantizer.zero_point.max())}
+        return LowerQuantizer(
+            target=target,
+            reason=reason,
+            numbers=numbers,
+            quantizer=name,
+            fold_weights=self.fold_weights,
+        )
 
     def _precision(self, graph_module: fx.GraphModule) -> tuple[torch.dtype | None, float]:
         del graph_module

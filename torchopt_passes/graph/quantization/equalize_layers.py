@@ -17,7 +17,7 @@ from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.folding import scale_of
 from torchopt_passes.graph.quantization.relu6 import BoundReLU6, ReplaceReLU6
-from torchopt_passes.graph.quantization.rescale import move_scale, unscaled, usable_sites
+from torchopt_passes.graph.quantization.rescale import is_near_one, move_scale, unscaled, usable_sites
 from torchopt_passes.graph.quantization.scale_pairs import Axis, Site
 from torchopt_passes.graph.tensors import aliases, get_tensor
 from torchopt_passes.graph.verify import Inputs, StateInterpreter, evaluate
@@ -25,7 +25,6 @@ from torchopt_passes.graph.weights import MATRIX_OPS, input_dim, parameter_behin
 
 __all__ = ["EqualizeLayers"]
 
-_ENOUGH = 1e-3  # |log s| below which a scale changes nothing worth an edit
 _CONVERGED = 1e-6
 
 
@@ -86,7 +85,7 @@ class EqualizeLayers(GraphPass):
         edits: list[Edit] = []
         scaled: list[tuple[Site, torch.Tensor]] = []
         for (site, weight), scale, spread in zip(sites, scales, before, strict=True):
-            if float(scale.log().abs().max()) < _ENOUGH:
+            if is_near_one(scale):
                 skips.append(Skip(target=site.name, reason="nothing to do: both sides have the same ranges"))
                 continue
             numbers = {"spread_before": spread, "spread_after": ranges.spread(site, weight)}

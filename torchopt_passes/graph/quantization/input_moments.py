@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,34 +14,16 @@ from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.modes import in_one_mode
 from torchopt_passes.graph.tensors import aliases
 from torchopt_passes.graph.verify import buffers_kept, in_eval_mode
-from torchopt_passes.graph.weights import MATRIX_OPS, parameter_behind
+from torchopt_passes.graph.weights import MATRIX_OPS, weight_uses
 from torchopt_passes.progress import track
 
-__all__ = ["EMBEDDING_OPS", "input_moments", "weight_uses"]
+__all__ = ["EMBEDDING_OPS", "input_moments"]
 
 aten = torch.ops.aten
 EMBEDDING_OPS: dict[object, tuple[int, ...]] = {aten.embedding.default: (0,)}
 """Embedding lookups -> the position of the weight."""
 
 _ACTIVATION = {0: 1, 1: 0, 2: 1}  # position of the weight of a matrix operation -> of what it multiplies
-
-
-def weight_uses(graph_module: fx.GraphModule, graph: fx.Graph) -> Iterator[tuple[str, fx.Node, int]]:
-    """Yield the uses of parameters as weights of matrix operations and embeddings: first fqn, operation, position.
-
-    Args:
-        graph_module: holds the parameters.
-        graph: its graph, or what one mode runs of it.
-    """
-    first = aliases(graph_module)
-    parameters = {name for name, _ in graph_module.named_parameters()}
-    for node in graph.nodes:
-        positions = (MATRIX_OPS | EMBEDDING_OPS).get(node.target, ()) if node.op == "call_function" else ()
-        for position in positions:
-            name = parameter_behind(node.args[position]) if position < len(node.args) else None
-            fqn = first.get(name or "", "")
-            if fqn in parameters:
-                yield fqn, node, position
 
 
 def input_moments(graph_module: fx.GraphModule, batches: Iterable[Any] | None) -> dict[str, torch.Tensor]:
@@ -91,7 +73,7 @@ class _Watcher(fx.Interpreter):
         self._leaves: dict[str, torch.Tensor] = {}
         self._first = aliases(module)
         self._views: set[fx.Node] = set()
-        for fqn, node, position in weight_uses(module, graph):
+        for fqn, node, position in weight_uses(module, MATRIX_OPS | EMBEDDING_OPS, graph):
             self._uses.setdefault(node, []).append((fqn, position))
             view = node.args[position]
             while isinstance(view, fx.Node):

@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from torchopt_passes.errors import PassError, PlanError
+from torchopt_passes.errors import PlanError
 from torchopt_passes.functional.affine import along, min_max
 from torchopt_passes.functional.learned_steps import lsq_initial_step, lsq_plus_initial_step
 from torchopt_passes.graph.base import GraphPass, PassContext
-from torchopt_passes.graph.edit import Edit, Skip
+from torchopt_passes.graph.edit import Edit
 from torchopt_passes.graph.plan import Plan
-from torchopt_passes.graph.quantization.calibrate import quantizer_places
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fake_quantizers
 from torchopt_passes.graph.quantization.folding import static_value
 from torchopt_passes.graph.quantization.learned_quantizer import METHODS, LearnedQuantizer
+from torchopt_passes.graph.quantization.places import check_ranges, chosen_places
 from torchopt_passes.graph.quantization.state import fake_quant_off
 from torchopt_passes.graph.verify import in_eval_mode
 
@@ -111,28 +111,10 @@ class LearnSteps(GraphPass):
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Choose where training starts, for every fake-quantizer that the method fits."""
         context = context or PassContext()
-        edits: list[Edit] = []
-        skips: list[Skip] = []
-        empty: list[str] = []
-        quantizers = dict(fake_quantizers(graph_module))
-        for name, target in quantizer_places(graph_module).items():
-            quantizer = quantizers[name]
-            pattern = context.skipped_by(target) or context.skipped_by(name)
-            reason = f"skip pattern {pattern!r}" if pattern is not None else self._why_not(quantizer)
-            if reason:
-                skips.append(Skip(target=target, reason=reason))
-            elif not quantizer.exact and not quantizer.has_range:
-                empty.append(f"{target} ({name})")
-            else:
-                edits.append(self._edit(graph_module, name, target, quantizer))
-        if empty:
-            raise PassError(
-                f"{self.name}: {len(empty)} fake-quantizers have seen no data: {', '.join(empty[:3])}: "
-                "run Calibrate, or a batch in training mode, first"
-            )
-        if not edits and not skips:
-            reason = "nothing to do: the graph has no fake-quantizers (InsertFakeQuant comes first)"
-            skips.append(Skip(target="graph", reason=reason))
+        places, skips = chosen_places(graph_module, context, self._why_not)
+        activations = [place for place in places if not place.quantizer.exact]
+        check_ranges(self.name, activations, "run Calibrate, or a batch in training mode")
+        edits = [self._edit(graph_module, place.name, place.target, place.quantizer) for place in places]
         return Plan(tuple(edits), tuple(skips))
 
     def referring(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:

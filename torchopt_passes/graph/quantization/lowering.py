@@ -30,7 +30,9 @@ from torchopt_passes.graph.quantization.folding import (
     split_bias,
     static_value,
 )
+from torchopt_passes.graph.quantization.lower_values import lower_fitted_activation, lower_fitted_weight
 from torchopt_passes.graph.quantization.operations import is_static, weight_name
+from torchopt_passes.graph.quantization.value_quantizer import ValueQuantizer
 from torchopt_passes.graph.state import (
     erase_unused,
     free_name,
@@ -95,6 +97,12 @@ def lower(graph_module: fx.GraphModule, names: Sequence[str], *, fold_weights: b
 
 def _lower_activation(graph: fx.Graph, node: fx.Node, quantizer: FakeQuantizer) -> None:
     """One quantize op, and a dequantize op for each user: the patterns of the compilers want one user each."""
+    if isinstance(quantizer, ValueQuantizer):
+        rounded = lower_fitted_activation(node, quantizer)
+        rounded.meta |= _meta(node)
+        node.replace_all_uses_with(rounded)
+        graph.erase_node(node)
+        return
     ops = decomposed_ops()
     grid = (
         float(quantizer.scale),
@@ -132,6 +140,15 @@ def _lower_weight(
         weight = (weight.double() * scale).to(weight.dtype)
     weight = quantizer.on_grid(weight, dim)
     name = weight_name(source)
+    if isinstance(quantizer, ValueQuantizer):
+
+        def store_weight(fqn: str, tensor: torch.Tensor) -> fx.Node:
+            with graph.inserting_before(node):
+                return stored.add(graph, fqn, tensor, parameter=not fold_weights)
+
+        node.replace_all_uses_with(
+            lower_fitted_weight(node, name, weight, dim or 0, quantizer, store_weight, fold_weights=fold_weights)
+        )
     for user in list(node.users):
         with graph.inserting_before(node):
             back = _rounded_weight(graph, node, name, weight, dim, quantizer, stored, fold_weights=fold_weights)

@@ -20,6 +20,7 @@ __all__ = [
     "ScaleChannels",
     "SetTensor",
     "Weights",
+    "is_near_one",
     "move_scale",
     "replace_tensor",
     "unscaled",
@@ -188,6 +189,11 @@ def usable_sites(graph_module: fx.GraphModule, context: PassContext, **options: 
         else:
             sites.append(site)
     return sites, skips
+
+
+def is_near_one(scale: torch.Tensor) -> bool:
+    """Whether a scale changes nothing that is worth an edit: |log s| below 0.001 for every channel."""
+    return float(scale.log().abs().max()) < 1e-3
 
 
 def move_scale(site: Site, scale: torch.Tensor, reason: str, numbers: dict[str, float], by: str) -> list[Edit]:

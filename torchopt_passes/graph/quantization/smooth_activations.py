@@ -14,12 +14,17 @@ from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.divide_input import DivideInput, SharedInput, find_inputs
 from torchopt_passes.graph.quantization.layer_inputs import AbsMax, required, watch_values
-from torchopt_passes.graph.quantization.rescale import ScaleChannels, Weights, move_scale, unscaled, usable_sites
+from torchopt_passes.graph.quantization.rescale import (
+    ScaleChannels,
+    Weights,
+    is_near_one,
+    move_scale,
+    unscaled,
+    usable_sites,
+)
 from torchopt_passes.graph.quantization.scale_pairs import Site
 
 __all__ = ["SmoothActivations"]
-
-_ENOUGH = 1e-3  # |log s| below which a scale changes nothing worth an edit
 
 
 class SmoothActivations(GraphPass):
@@ -81,7 +86,7 @@ class SmoothActivations(GraphPass):
             activation = site.per_channel([watches[r.value].largest.cpu() for r in site.readers])
             weight = site.per_channel([weights.columns(r).abs().amax(0).float().cpu() for r in site.readers])
             scale = smoothing_scale(activation, weight, self.alpha)
-            if float(scale.log().abs().max()) < _ENOUGH:
+            if is_near_one(scale):
                 skips.append(Skip(target=site.name, reason="nothing to do: it is smooth already"))
                 continue
             numbers = {"activation_max": float(activation.max()), "smoothed_max": float((activation / scale).max())}
@@ -102,7 +107,7 @@ class SmoothActivations(GraphPass):
         """Return the edits that divide a value and multiply the weights that read it; none where it is smooth."""
         largest = [weights[fqn].movedim(dim, -1).flatten(0, -2).abs().amax(0) for fqn, dim in shared.weights]
         scale = smoothing_scale(activation, torch.stack(largest).amax(0).float().cpu(), self.alpha)
-        if float(scale.log().abs().max()) < _ENOUGH:
+        if is_near_one(scale):
             return []
         reason = f"input of {', '.join(fqn for fqn, _ in shared.weights)} divided: no norm or layer can take the scale"
         numbers = {"activation_max": float(activation.max()), "smoothed_max": float((activation / scale).max())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchopt_passes.errors import ConfigError
-from torchopt_passes.functional.affine import min_max
+from torchopt_passes.functional.affine import affine_qparams, min_max
 from torchopt_passes.functional.float_casts import FLOATS, float_cast, float_scale
 from torchopt_passes.functional.granularity import Granularity, from_rows, to_rows, uniform_quantize
 from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer
@@ -86,6 +86,13 @@ class ValueQuantizer(FakeQuantizer):
         """
         raise ConfigError("the grid of this fake-quantizer is fitted to each value: it has no range to set")
 
+    def row_grid(self, rows: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the scale of each row, None for plain casts, and the zero point, None for floats; see `to_rows`."""
+        low, high = min_max(rows.detach().float(), 0)
+        if self.format == "int":
+            return affine_qparams(low, high, self.quant_min, self.quant_max, symmetric=self.signed)
+        return (float_scale(low, high, self.format) if self.format in SCALED_FORMATS else None), None
+
     def _quantize(self, x: torch.Tensor, observe: bool) -> torch.Tensor:
         del observe
         if not self.enabled:
@@ -101,14 +108,18 @@ class ValueQuantizer(FakeQuantizer):
                 group_size=self.group_size,
             )
         if self.format not in SCALED_FORMATS:
-            return float_cast(x, self.format)
-        rows = to_rows(x, self.granularity, dim=dim, group_size=self.group_size)
-        low, high = min_max(rows.detach().float(), 0)
-        rounded = float_cast(rows, self.format, float_scale(low, high, self.format), 0)
+            return float_cast(x.float(), self.format).to(x.dtype)
+        rows = to_rows(x.float(), self.granularity, dim=dim, group_size=self.group_size)
+        rounded = float_cast(rows, self.format, self.row_grid(rows)[0], 0).to(x.dtype)
         return from_rows(rounded, x, self.granularity, dim=dim)
+
+    @property
+    def kind(self) -> str:
+        """Format and rows, such as ``"s4 per group of 64"``."""
+        form = f"{'s' if self.signed else 'u'}{self.bits}" if self.format == "int" else self.format
+        rows = f"group of {self.group_size}" if self.granularity == "group" else self.granularity
+        return f"{form} per {rows}"
 
     def extra_repr(self) -> str:
         """Return format, rows and switch."""
-        kind = f"{'s' if self.signed else 'u'}{self.bits}" if self.format == "int" else self.format
-        rows = f"group of {self.group_size}" if self.granularity == "group" else self.granularity
-        return f"{kind} per {rows}, fitted to each value, {'on' if self.enabled else 'off'}"
+        return f"{self.kind}, fitted to each value, {'on' if self.enabled else 'off'}"

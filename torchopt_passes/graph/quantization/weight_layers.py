@@ -13,11 +13,13 @@ from torch.nn import functional
 from torchopt_passes.graph.quantization.fake_quantizer import is_fake_quant
 from torchopt_passes.graph.quantization.targets import KINDS, Operands
 from torchopt_passes.graph.tensors import aliases
+from torchopt_passes.graph.weights import weight_uses
 
 __all__ = ["WeightLayer", "find_layers"]
 
 aten = torch.ops.aten
 _SAME = {aten.detach.default, aten.alias.default, aten.contiguous.default, aten.clone.default}
+_WEIGHTS = {operation: (operands.weight,) for operation, operands in KINDS.items()}
 _TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 
 
@@ -79,20 +81,13 @@ def find_layers(graph_module: fx.GraphModule, graph: fx.Graph | None = None) -> 
         graph_module: owner of the parameters.
         graph: the graph to look at; by default its own.
     """
-    graph = graph or graph_module.graph
-    first = aliases(graph_module)
-    parameters = {name for name, _ in graph_module.named_parameters()}
+    graph, first = graph or graph_module.graph, aliases(graph_module)
     found: dict[str, WeightLayer] = {}
-    for node in graph.nodes:
-        operands = KINDS.get(node.target) if node.op == "call_function" else None
-        value = node.args[operands.weight] if operands and operands.weight < len(node.args) else None
-        behind = _behind(graph_module, value)
-        if operands is None or behind is None:
+    for fqn, node, position in weight_uses(graph_module, _WEIGHTS, graph):
+        behind = _behind(graph_module, node.args[position])
+        if behind is None:
             continue
-        start, rounding, flips = behind
-        fqn = first.get(str(start.target), str(start.target))
-        if fqn not in parameters:
-            continue
+        (start, rounding, flips), operands = behind, KINDS[node.target]
         if fqn in found:
             found[fqn] = replace(found[fqn], uses=found[fqn].uses + 1)
             continue
