@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from tests.deploy.sources import get
+from torchopt_passes.deploy.cpu import saturates
 from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.capture import capture
 from torchopt_passes.graph.pruning import PruneChannels
@@ -31,7 +32,7 @@ def compressed(name: str, target: str, kind: str) -> fx.GraphModule:
         return graph
     if kind == "pruned qat":
         PruneChannels(ratio=0.5)(graph, context)
-    InsertFakeQuant(target=target)(graph, context)
+    InsertFakeQuant(target=target, reduce_range=saturates(target))(graph, context)
     if kind == "pruned qat":
         train(graph.train(), inputs)
     else:

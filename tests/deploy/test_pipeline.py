@@ -12,6 +12,7 @@ from torch import fx
 from tests.deploy.sources import get
 from torchopt_passes.deploy import Artifact, compressed_size, export, open_artifact
 from torchopt_passes.deploy.calls import run_source
+from torchopt_passes.deploy.cpu import saturates
 from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.capture import capture
 from torchopt_passes.graph.pruning import PruneWeights
@@ -27,7 +28,7 @@ def quantized() -> dict[str, fx.GraphModule]:
         module, inputs = get(name)
         graph = capture(copy.deepcopy(module), kwargs=inputs)
         context = PassContext(calibration=[inputs])
-        for step in (InsertFakeQuant(target="onnx"), Calibrate(), ConvertQuantized()):
+        for step in (InsertFakeQuant(target="onnx", reduce_range=saturates("onnx")), Calibrate(), ConvertQuantized()):
             step(graph, context)
         made[name] = graph.train()
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 
 import torchopt_passes as top
 from tests.deploy.sources import bert, plain
+from torchopt_passes._compat import decomposed_ops
 from torchopt_passes.deploy import export, open_artifact
+from torchopt_passes.deploy.cpu import SATURATING_TARGETS, saturates
+from torchopt_passes.deploy.quantized import quantized
 from torchopt_passes.errors import ConfigError, ExportError
 
 TARGETS = {"inductor": "m.pt2", "onnx": "m.onnx", "openvino": "m.xml", "tensorrt": "m.onnx"}
@@ -64,6 +68,19 @@ def test_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is quantized already"):
         export(graph, path, quantization="int8", calibration=[inputs])
     assert not list(tmp_path.iterdir())
+
+
+def test_activations_have_7_bits_where_the_cpu_would_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, inputs = plain()
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for vnni in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda vnni=vnni: {"avx2": True, "avx512_vnni": vnni})
+        assert [row["target"] for row in top.targets() if saturates(row["target"])] == (
+            [] if vnni else sorted(SATURATING_TARGETS)
+        )
+        graph = quantized(module, "onnx", "int8", inputs, [inputs])
+        rounded = graph.graph.find_nodes(op="call_function", target=decomposed_ops().quantize_per_tensor.default)
+        assert {node.args[4] for node in rounded} == {255 if vnni else 127}
 
 
 def test_tensorrt_refuses_grids_that_it_lacks(tmp_path: Path) -> None:

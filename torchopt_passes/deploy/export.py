@@ -14,6 +14,7 @@ from torch import nn
 from torchopt_passes.deploy.artifact import Artifact, verified
 from torchopt_passes.deploy.base import Runner, Target, make_target
 from torchopt_passes.deploy.calls import cause_of, resize_batch
+from torchopt_passes.deploy.cpu import saturates
 from torchopt_passes.deploy.files import staged
 from torchopt_passes.deploy.metadata import Metadata, library_versions
 from torchopt_passes.deploy.program import Dynamic, Program, read_program
@@ -146,9 +147,12 @@ def _verify(
     if result.passed:
         return result
     where = target.first_difference(program, path, program.select(calls[0]), result.tolerance)
+    way_out = ""
+    if target.file_precision(program) == "int8" and saturates(target.name):
+        way_out = ". This CPU has no VNNI: its int8 kernels saturate unless InsertFakeQuant has reduce_range=True"
     raise VerificationError(
         f"the {target.name} file is not what {type(program.source).__name__} computes: {result}"
-        f"{f'; {where}' if where else ''}. No file was written"
+        f"{f'; {where}' if where else ''}. No file was written{way_out}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from torchopt_passes.deploy.calls import example_call
+from torchopt_passes.deploy.cpu import saturates
 from torchopt_passes.deploy.layers import is_quantized
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.base import PassContext
@@ -24,7 +25,9 @@ __all__ = ["quantized"]
 def quantized(
     module: nn.Module, target: str, quantization: str, example_inputs: Any, calibration: Iterable[Any] | None
 ) -> fx.GraphModule:
-    """Quantize a float model after training, on the grids that a target computes with.
+    """Quantize a float model after training, on the grids that a target computes with on this machine.
+
+    On an x86 CPU without VNNI activations get 7 bits (`saturates`).
 
     Args:
         module: an ``nn.Module`` or a captured graph; left as it was.
@@ -52,5 +55,6 @@ def quantized(
         graph: fx.GraphModule = copy.deepcopy(module)
     else:
         graph = capture(module, *example_call(module, example_inputs))
-    steps = Pipeline(InsertFakeQuant(target=target, qat=False), Calibrate(), ConvertQuantized())
+    insert = InsertFakeQuant(target=target, qat=False, reduce_range=saturates(target))
+    steps = Pipeline(insert, Calibrate(), ConvertQuantized())
     return steps(graph.eval(), PassContext(calibration=calibration)).graph_module  # pyright: ignore
