@@ -67,7 +67,9 @@ def broken_promises(row: Row) -> list[str]:
     """Return what does not hold.
 
     The proof compares in float64. In float32 a batch norm that is folded sums in another order, and of the values that
-    lie on the border between two steps some fall to the other side: that is less than the noise of rounding.
+    lie on the border between two steps some fall to the other side: that is less than the noise of rounding. Most in
+    densenet121 (relative): 0.0067, as far as its prepared graph in float32 is from itself in float64 (0.0066), while
+    both graphs in float64 are equal to the last bit.
     """
     checks = {
         "a matrix operation is not reported": not row.silent,
