@@ -66,11 +66,11 @@ class Row:
 def broken_promises(row: Row) -> list[str]:
     """Return what does not hold.
 
-    The proof compares in float64, between the roundings to the grid, and is what shows that both graphs are the same. In
-    float32 a batch norm that is folded sums in another order, and of the values that lie on the border between two
+    The proof compares in float64, between the roundings to the grid, and is what shows that both graphs are the same.
+    In float32 a batch norm that is folded sums in another order, and of the values that lie on the border between two
     steps some fall to the other side; deep nets carry that on, up to the noise of rounding itself. torchvision's
-    densenet121 and resnet18, relative: prepared and converted graph are 0.0067 and 0.0115 apart in float32, the prepared
-    graph is 0.0066 and 0.0078 from itself in float64, and in float64 both graphs are equal to the last bit.
+    densenet121 and resnet18, relative: prepared and converted graph are 0.0067 and 0.0115 apart in float32, the
+    prepared graph is 0.0066 and 0.0078 from itself in float64, and in float64 both graphs are equal to the last bit.
     """
     checks = {
         "a matrix operation is not reported": not row.silent,
