@@ -53,6 +53,8 @@ from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.quantization import Calibrate, InsertFakeQuant
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 
+# projectors too
+RANKED = ONE_OF_A_CLASS | {"Distillation-features": CASES["Distillation-features"]}
 BATCH, STEPS, RATE = 8, 6, 0.1
 DATA = ragged_tokens(16)
 SCORES = {"a": (5, 7), "b": (4,), "c": (3, 4, 2), "d": (1, 9)}
@@ -210,7 +212,7 @@ def _sharded(case: Case, attach_first: bool) -> Job:
     return job
 
 
-for name, case in ONE_OF_A_CLASS.items():
+for name, case in RANKED.items():
     JOBS[f"trainer {name}"] = _trainer(case)
     JOBS[f"plain {name}"] = _plain(case)
 for name in SHARDED:

@@ -18,13 +18,14 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import set_state_dict
 
 from tests.callbacks import ranks
-from tests.callbacks.cases import CASES, ONE_OF_A_CLASS
+from tests.callbacks.cases import CASES
 from tests.callbacks.loops import collate, images, quantized_net, tiny_bert, uncoupled
 from tests.callbacks.ranks import (
     ATTACHED_FIRST,
     BATCH,
     CALIBRATIONS,
     DATA,
+    RANKED,
     RATE,
     SCORE_TYPES,
     SHARDED,
@@ -89,13 +90,13 @@ def assert_same(state: State, expected: State) -> None:
         assert torch.allclose(state[name], tensor, atol=1e-6), name
 
 
-@pytest.mark.parametrize("name", ONE_OF_A_CLASS)
+@pytest.mark.parametrize("name", RANKED)
 def test_the_trainer_on_two_ranks(name: str, found: dict[str, list[Any]], tmp_path: Path) -> None:
     single = train_trainer(CASES[name], tmp_path, ranks=1).state_dict()
     assert_same(both(found, f"trainer {name}"), single)
 
 
-@pytest.mark.parametrize("name", ONE_OF_A_CLASS)
+@pytest.mark.parametrize("name", RANKED)
 def test_a_plain_loop_on_two_ranks(name: str, found: dict[str, list[Any]]) -> None:
     case = CASES[name]
     model = ranks.student(case)

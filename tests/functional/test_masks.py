@@ -182,3 +182,15 @@ def test_selection_removes_what_a_stable_sort_puts_first(dtype: torch.dtype) -> 
             expected = torch.ones(size, dtype=torch.bool)
             expected[scores.argsort(stable=True)[:removed]] = False
             assert torch.equal(masks.keep_largest(scores, removed / size), expected), (size, removed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_zeroed_is_plus_zero_whatever_it_was(dtype: torch.dtype) -> None:
+    values = torch.tensor([[1.5, -2.0, torch.nan, torch.inf], [-torch.inf, -0.0, 1e-3, -7.0]]).to(dtype)
+    mask = torch.tensor([[True, False, False, False], [False, False, True, True]])
+    for weight in (values.clone(), values.t().contiguous().t()):
+        parameter = torch.nn.Parameter(weight)
+        masks.zero_out(parameter, mask)
+        assert torch.equal(parameter, values.masked_fill(~mask, 0))
+        assert not parameter[~mask].signbit().any()
+        assert parameter.is_leaf and parameter._version > 0

@@ -8,10 +8,11 @@ import torch
 
 from torchopt_passes.callbacks.lifecycle import Progress
 from torchopt_passes.callbacks.masking import Masking
-from torchopt_passes.callbacks.sharded import count_false, whole
+from torchopt_passes.callbacks.sharded import count_false, own_part, whole
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.callbacks.targets import Target, choose_targets, put_masks
 from torchopt_passes.errors import ConfigError
+from torchopt_passes.functional.masks import zero_out
 from torchopt_passes.graph.edit import Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.pruning.prune_weights import MaskWeights
@@ -154,7 +155,7 @@ class WeightMasks(Masking):
         for target in self._targets:
             if self._dense:
                 target.weight.copy_(target.state("dense"))
-            target.weight.masked_fill_(~target.mask, 0)
+            zero_out(own_part(target.weight), own_part(target.mask))
 
     def _removed(self) -> int:
         """Return how many weights are masked."""
