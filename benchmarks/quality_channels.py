@@ -29,11 +29,11 @@ import torch
 from torch import nn
 
 import torchopt_passes as top
-from benchmarks import quality_peer, quality_training
+from benchmarks import quality_data, quality_peer
+from benchmarks.quality_data import FINE_TUNING, TRAINING
 from benchmarks.quality_models import Classifier, count_macs, example
 from benchmarks.quality_page import write_page
 from benchmarks.quality_peer import Peer
-from benchmarks.quality_training import FINE_TUNING, TRAINING
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "records" / "quality_channels.json"
@@ -125,7 +125,7 @@ class Benchmark:
 
     def __init__(self, record: Path, cache: Path, data: Path) -> None:
         self.path, self.cache = record, cache
-        self.splits = quality_training.load(data)
+        self.splits = quality_data.load(data)
         self.record: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"bases": [], "cells": []}
         names = ("torch", "torch-pruning", "torchopt_passes", "safetensors", "numpy")
         self.record["environment"] = {
@@ -137,11 +137,11 @@ class Benchmark:
         }
         self.record["settings"] = {
             "data": "Fashion-MNIST",
-            "train_images": quality_training.TRAIN,
-            "validation_images": quality_training.VALIDATION,
+            "train_images": quality_data.TRAIN,
+            "validation_images": quality_data.VALIDATION,
             "test_images": len(self.splits["test"].labels),
             "images_before_fine_tuning": PRUNED_IMAGES,
-            "batch": quality_training.BATCH,
+            "batch": quality_data.BATCH,
             "gradient_batches": GRADIENT_BATCHES,
             "training": {name: asdict(budget) for name, budget in TRAINING.items()},
             "fine_tuning": {name: asdict(budget) for name, budget in FINE_TUNING.items()},
@@ -153,9 +153,9 @@ class Benchmark:
         partial.replace(self.path)
 
     def base(self, model: str, seed: int) -> Classifier:
-        base, seconds = quality_training.base(model, seed, self.splits["train"], self.cache)
+        base, seconds = quality_data.base(model, seed, self.splits["train"], self.cache)
         if not any((row["model"], row["seed"]) == (model, seed) for row in self.record["bases"]):
-            accuracy = quality_training.evaluate(base, self.splits["test"], TRAINING[model])
+            accuracy = quality_data.evaluate(base, self.splits["test"], TRAINING[model])
             row = {"model": model, "seed": seed, "macs": count_macs(base), "accuracy": accuracy, "seconds": seconds}
             self.record["bases"].append(row)
             self.save()
@@ -172,7 +172,7 @@ class Benchmark:
             return
         base = self.base(model, seed)
         macs, budget, train = count_macs(base), FINE_TUNING[model], self.splits["train"]
-        calibration = list(quality_training.batches(train, GRADIENT_BATCHES, ORDER + seed))
+        calibration = list(quality_data.batches(train, GRADIENT_BATCHES, ORDER + seed))
         prune: Any = prune_ours if isinstance(options, Ours) else quality_peer.prune
         start = base
         if isinstance(options, Peer) and options.sparsity_learning:
@@ -181,19 +181,19 @@ class Benchmark:
         for speedup, (pruned, seconds) in zip(missing, prune(start, options, targets, calibration), strict=True):
             if count_macs(pruned) > macs // speedup:
                 raise RuntimeError(f"{method}: {count_macs(pruned)} of {macs} MACs stay, more than at {speedup}x")
-            before = quality_training.evaluate(pruned, self.splits[split], budget, PRUNED_IMAGES)
+            before = quality_data.evaluate(pruned, self.splits[split], budget, PRUNED_IMAGES)
             teacher = options.distillation if isinstance(options, Ours) else None
             callbacks = (
                 [top.Distillation(copy.deepcopy(base), alpha=teacher[0], temperature=teacher[1])] if teacher else []
             )
-            training = quality_training.train(pruned, train, budget, ORDER + seed, callbacks=callbacks)
+            training = quality_data.train(pruned, train, budget, ORDER + seed, callbacks=callbacks)
             cell = {
                 "speedup": speedup,
                 "macs_before": macs,
                 "macs_after": count_macs(pruned),
                 "parameters_after": sum(parameter.numel() for parameter in pruned.parameters()),
                 "accuracy_pruned": before,
-                "accuracy": quality_training.evaluate(pruned, self.splits[split], budget),
+                "accuracy": quality_data.evaluate(pruned, self.splits[split], budget),
                 "prune_seconds": round(seconds, 2),
                 "train_seconds": round(training, 2),
             }
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("tools", nargs="*", type=tool, help="whose cells to fill: peer, ours")
     parser.add_argument("--models", nargs="+", choices=list(TRAINING), default=list(TRAINING))
     parser.add_argument("--docs", action="store_true", help="write the page and the plot")
-    parser.add_argument("--data", type=Path, default=quality_training.DATA)
+    parser.add_argument("--data", type=Path, default=quality_data.DATA)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "quality_channels")
     parser.add_argument("--record", type=Path, default=RECORD)
     arguments = parser.parse_args()

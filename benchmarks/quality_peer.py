@@ -17,8 +17,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from benchmarks.quality_data import Budget, Split, train
 from benchmarks.quality_models import Attention, Classifier, Layer, count_macs, example
-from benchmarks.quality_training import Budget, Split, train
 
 STEPS, SLACK = 200, 0.02
 REGULARIZATION = 5e-4  # of its reproduce/main.py

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 import torchopt_passes as top
+from benchmarks import quality_data
 from benchmarks import quality_quant_peers as peers
-from benchmarks import quality_training
+from benchmarks.quality_data import Budget, Split
 from benchmarks.quality_models import Classifier, example
-from benchmarks.quality_training import Budget, Split
 
 __all__ = ["ARMS", "MODELS", "row"]
 
@@ -61,7 +61,7 @@ class Start:
 
     def fine_tune(self, model: nn.Module, **options: Any) -> None:
         """Train a model of any tool in place."""
-        quality_training.train(model, self.train, FINE_TUNING, ORDER + self.seed, **options)
+        quality_data.train(model, self.train, FINE_TUNING, ORDER + self.seed, **options)
 
 
 Make = Callable[[Start], nn.Module]
@@ -128,10 +128,10 @@ ARMS: Mapping[str, Make] = {
 
 def row(model: str, arm: str) -> dict[str, Any]:
     """Return the row of one arm and seed; `model` is one of `MODELS`."""
-    seed, splits = MODELS[model], quality_training.load()
+    seed, splits = MODELS[model], quality_data.load()
     torch.manual_seed(seed)
-    base, _ = quality_training.base("resnet20", seed, splits["train"], CACHE)
-    batches = list(quality_training.batches(splits["train"], CALIBRATION_BATCHES, ORDER + seed))
+    base, _ = quality_data.base("resnet20", seed, splits["train"], CACHE)
+    batches = list(quality_data.batches(splits["train"], CALIBRATION_BATCHES, ORDER + seed))
     started = time.process_time()
     made = ARMS[arm](Start(base, splits["train"], batches, seed))
     seconds = time.process_time() - started
@@ -147,4 +147,4 @@ def row(model: str, arm: str) -> dict[str, Any]:
 
 
 def _accuracy(model: nn.Module, split: Split) -> float:
-    return quality_training.evaluate(model, split, FINE_TUNING)
+    return quality_data.evaluate(model, split, FINE_TUNING)

@@ -1,15 +1,15 @@
 """What each training callback costs: its step and its peak memory against those of the bare Trainer.
 
-    HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.training_overhead [CASE ...]
+    HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.training_overhead [CASE ...] [--rounds N]
 
-A BERT of 4 layers and 256 channels (13 million parameters) learns from 8 sentences of 64 tokens a step, on one CPU
-thread, in the Hugging Face Trainer. All Trainers of a round run in one process, each in a thread of its own, and take
-turns step by step, so that whatever else the machine does touches all alike; a step is measured in CPU time of its
-thread. The first steps are left out. For each callback:
+A BERT of 4 layers and 256 channels (5.4 million parameters) learns from 8 sentences of 64 tokens a step, on one CPU
+thread, in the Hugging Face Trainer; what needs convolutions, batch norms or fake-quantizers has a student of its own.
+All Trainers of a round run in one process, each in a thread of its own, and take turns step by step, so that whatever
+else the machine does touches all alike; a step is measured in CPU time of its thread, from the first event of the
+step to the last. The first one is left out. For each callback:
 
 - ``step``: median over rounds of (median step / median step of the bare Trainer);
-- ``run``: the same of the mean step, updates of masks included, every 10 steps (by default a run of 1700 steps has them
-  as often);
+- ``run``: the same of the mean step, with an update of masks in each 17, as a run of 1700 steps has by default;
 - ``memory``: peak of the resident memory of a process of its own, against that of the bare Trainer, both without what
   the process held before it made its Trainer.
 
@@ -19,15 +19,16 @@ nothing else. Written to benchmarks/records/training_overhead.json, and as a tab
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import resource
 import statistics
-import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +41,17 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import torchopt_passes as top
+from benchmarks.environment import environment
+from benchmarks.quality_models import ResNet20
 
+PACKAGES = ("torch", "transformers", "torchopt_passes")
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "records" / "training_overhead.json"
 PAGE = ROOT / "docs" / "training.md"
 MARKS = ("<!-- overhead -->", "<!-- end of overhead -->")
-ROUNDS, STEPS, WARM = 2, 14, 3
+STEPS, WARM, MEMORY_STEPS = 35, 1, 3
 BATCH, TOKENS = 8, 64
+Data = list[dict[str, torch.Tensor]]
 
 
 def bert(layers: int = 4, width: int = 256, seed: int = 0) -> nn.Module:
@@ -62,7 +67,46 @@ def bert(layers: int = 4, width: int = 256, seed: int = 0) -> nn.Module:
     return BertForSequenceClassification(config)
 
 
-def data() -> list[dict[str, torch.Tensor]]:
+def resnet() -> nn.Module:
+    """Return the CIFAR ResNet of 20 layers."""
+    torch.manual_seed(0)
+    return ResNet20()
+
+
+def rounded() -> nn.Module:
+    """Return its graph with fake-quantizers."""
+    graph = top.capture(resnet(), kwargs=collate(pictures()), prove=False)
+    top.InsertFakeQuant()(graph)
+    return graph
+
+
+def halved() -> nn.Module:
+    """Return a BERT that comes with zeros."""
+    model = bert()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.view(-1)[::2] = 0
+    return model
+
+
+def with_teacher() -> nn.Module:
+    """Return a BERT with whose forward a teacher runs, for nothing."""
+    model, other = bert(), teacher().eval()
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        with torch.no_grad():
+            other(**{name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
+
+    model.register_forward_hook(hook, with_kwargs=True)
+    return model
+
+
+def teacher() -> nn.Module:
+    return bert(layers=6, seed=1)
+
+
+def sentences() -> Data:
     generator = torch.Generator().manual_seed(1)
     return [
         {"input_ids": torch.randint(0, 8000, (TOKENS,), generator=generator), "labels": torch.tensor(i % 4)}
@@ -70,15 +114,15 @@ def data() -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def ask(teacher: nn.Module, student: nn.Module) -> None:
-    """Run a teacher with every forward of the student, for nothing."""
-    teacher.eval()
+def pictures() -> Data:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"pixels": torch.randn(1, 28, 28, generator=generator), "labels": torch.tensor(i % 10)} for i in range(BATCH)
+    ]
 
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        with torch.no_grad():
-            teacher(**{name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
 
-    student.register_forward_hook(hook, with_kwargs=True)
+def collate(rows: Data) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 @dataclass(frozen=True)
@@ -88,35 +132,60 @@ class Variant:
     Args:
         make: the callbacks, new ones for each run.
         against: the variant it is compared with.
-        prepare: what is done to the student before.
+        student: makes what is trained.
+        data: what it is trained on.
     """
 
     make: Callable[[], list[Any]] = list
     against: str = "bare"
-    prepare: Callable[[nn.Module], None] = lambda student: None
+    student: Callable[[], nn.Module] = bert
+    data: Callable[[], Data] = sentences
 
 
-def teacher() -> nn.Module:
-    return bert(layers=6, seed=1)
-
-
-GRADUAL = {"start": 1, "end": STEPS, "every": 10}
+MASKS = {"start": 1, "end": 1.0, "every": 17}
+HEAD = ("classifier",)
+UNITS = {"example_inputs": collate(sentences()[:BATCH])}
+PIXELS = {"example_inputs": collate(pictures())}
+TEACHER, ZEROS, RESNET, GRAPH = "bare, with a teacher's forward", "bare, with zeros", "bare ResNet", "bare graph, QAT"
+CONVS = {"against": RESNET, "student": resnet, "data": pictures}
+QAT = {"against": GRAPH, "student": rounded, "data": pictures}
+DISTILLED = {"against": TEACHER}
+LAYERS = {"bert.encoder.layer.{i}": "bert.encoder.layer.{i}"}
 VARIANTS: dict[str, Variant] = {
     "bare": Variant(),
-    "bare, with a teacher's forward": Variant(prepare=lambda student: ask(teacher(), student)),
-    "GradualPruning": Variant(lambda: [top.GradualPruning(sparsity=0.8, **GRADUAL)]),
-    "GradualPruning, global": Variant(lambda: [top.GradualPruning(sparsity=0.8, scope="global", **GRADUAL)]),
-    "GradualPruning, 2:4": Variant(lambda: [top.GradualPruning(pattern="2:4", skip=("classifier",), **GRADUAL)]),
-    "KeepZeros": Variant(lambda: [top.KeepZeros(skip=("classifier",))], prepare=lambda student: halve(student)),
-    "Distillation": Variant(lambda: [top.Distillation(teacher())], against="bare, with a teacher's forward"),
+    TEACHER: Variant(student=with_teacher),
+    ZEROS: Variant(student=halved),
+    RESNET: Variant(**CONVS),
+    GRAPH: Variant(**QAT),
+    "GradualPruning": Variant(lambda: [top.GradualPruning(sparsity=0.8, **MASKS)]),
+    "GradualPruning, global": Variant(lambda: [top.GradualPruning(sparsity=0.8, scope="global", **MASKS)]),
+    "GradualPruning, 2:4": Variant(lambda: [top.GradualPruning(pattern="2:4", skip=HEAD, **MASKS)]),
+    "GradualPruning, movement": Variant(lambda: [top.GradualPruning(sparsity=0.8, criterion="movement", **MASKS)]),
+    "SoftMovementPruning": Variant(lambda: [top.SoftMovementPruning(threshold=0.1, **MASKS)]),
+    "SensitivityPruning": Variant(lambda: [top.SensitivityPruning(sensitivity=0.5, **MASKS)]),
+    "Splicing": Variant(lambda: [top.Splicing(**MASKS)]),
+    "RigL": Variant(lambda: [top.RigL(sparsity=0.8, every=17)]),
+    "SET": Variant(lambda: [top.SET(sparsity=0.8, every=17)]),
+    "KeepZeros": Variant(lambda: [top.KeepZeros(skip=HEAD)], against=ZEROS, student=halved),
+    "GradualChannelPruning": Variant(lambda: [top.GradualChannelPruning(ratio=0.5, **MASKS, **UNITS)]),
+    "L1Penalty": Variant(lambda: [top.L1Penalty(strength=1e-4)]),
+    "L2Penalty": Variant(lambda: [top.L2Penalty(strength=1e-4)]),
+    "GroupLasso": Variant(lambda: [top.GroupLasso(strength=1e-4, **UNITS)]),
+    "GroupVariance": Variant(lambda: [top.GroupVariance(strength=1e-4, **UNITS)]),
+    "Orthogonality": Variant(lambda: [top.Orthogonality(strength=1e-4)]),
+    "BatchNormSlimming": Variant(lambda: [top.BatchNormSlimming(strength=1e-4, **PIXELS)], **CONVS),
+    "L0Pruning": Variant(lambda: [top.L0Pruning(sparsity=0.8, settle=None)]),
+    "L0ChannelPruning": Variant(lambda: [top.L0ChannelPruning(sparsity=0.5, settle=None, **UNITS)]),
+    "InformationBottleneck": Variant(lambda: [top.InformationBottleneck(settle=None, **UNITS)]),
+    "DropFilter": Variant(lambda: [top.DropFilter(rate=0.1)], **CONVS),
+    "CompressionAwareLR": Variant(lambda: [top.CompressionAwareLR()]),
+    "QuantizationSchedule": Variant(lambda: [top.QuantizationSchedule(observer_off=1.0, freeze_bn=None)], **QAT),
+    "Distillation": Variant(lambda: [top.Distillation(teacher())], **DISTILLED),
+    "Distillation, hints too": Variant(
+        lambda: [top.Distillation(teacher(), losses=[top.SoftTargets(), top.Hint(weight=0.1)], layers=LAYERS)],
+        **DISTILLED,
+    ),
 }
-
-
-@torch.no_grad()
-def halve(student: nn.Module) -> None:
-    for parameter in student.parameters():
-        if parameter.ndim > 1:
-            parameter.view(-1)[::2] = 0
 
 
 class Turns:
@@ -142,12 +211,13 @@ class Turns:
 
 
 class Clock(TrainerCallback):
-    """Takes the CPU time of each step."""
+    """Takes the CPU time of each step; `first` is where it begins, in front of all other callbacks."""
 
     def __init__(self, turns: Turns | None, index: int) -> None:
         self.turns, self.index, self.times, self.begun = turns, index, list[float](), 0.0
+        self.first = _First(self)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin(self) -> None:
         if self.turns is not None:
             self.turns.wait(self.index)
         self.begun = time.thread_time()
@@ -158,13 +228,19 @@ class Clock(TrainerCallback):
             self.turns.give(self.index)
 
 
-def make_trainer(variant: Variant, folder: Path, clock: Clock) -> Trainer:
-    student = bert()
-    variant.prepare(student)
+class _First(TrainerCallback):
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.begin()
+
+
+def make_trainer(variant: Variant, folder: Path, clock: Clock, steps: int = STEPS) -> Trainer:
     arguments = TrainingArguments(
         str(folder),
         per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
+        max_steps=steps,
         learning_rate=1e-4,
         use_cpu=True,
         report_to=[],
@@ -173,7 +249,8 @@ def make_trainer(variant: Variant, folder: Path, clock: Clock) -> Trainer:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    return Trainer(student, arguments, train_dataset=data(), callbacks=[*variant.make(), clock])
+    callbacks = [clock.first, *variant.make(), clock]
+    return Trainer(variant.student(), arguments, train_dataset=variant.data(), callbacks=callbacks)
 
 
 def one_round(names: list[str], folder: Path) -> dict[str, list[float]]:
@@ -203,22 +280,28 @@ def peak_memory(name: str, folder: Path) -> float:
     if os.fork() == 0:
         try:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            make_trainer(VARIANTS[name], folder, Clock(None, 0)).train()
+            make_trainer(VARIANTS[name], folder, Clock(None, 0), MEMORY_STEPS).train()
             os.write(write, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before).encode())
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(write)
     os.wait()
-    return int(os.read(read, 64)) / 1024
+    answer = os.read(read, 64)
+    if not answer:
+        raise SystemExit(f"{name} failed")
+    return int(answer) / 1024
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str], rounds: int) -> None:
     torch.set_num_threads(1)
-    names = [n for n in VARIANTS if not names or n in names or not n.partition("bare")[0]]
+    chosen = names or list(VARIANTS)
+    names = [n for n in VARIANTS if n in chosen or n in {VARIANTS[other].against for other in chosen}]
     found: dict[str, dict[str, list[float]]] = {name: {"step": [], "run": [], "seconds": []} for name in names}
     with tempfile.TemporaryDirectory() as folder:
         memory = {name: peak_memory(name, Path(folder)) for name in names}
-        for index in range(ROUNDS):
+        for index in range(rounds):
             order = random.Random(index).sample(names, len(names))
             times = one_round(order, Path(folder))
             for name in names:
@@ -227,21 +310,22 @@ def main(names: list[str]) -> None:
                 found[name]["step"].append(statistics.median(times[name]) / statistics.median(other))
                 found[name]["run"].append(statistics.fmean(times[name]) / statistics.fmean(other))
             print(f"round {index + 1}", {name: round(row["run"][-1], 3) for name, row in found.items()}, flush=True)
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"rows": {}}
     for name, row in found.items():
-        record[name] = {
+        record["rows"][name] = {
             "against": VARIANTS[name].against,
             "step": round(statistics.median(row["step"]), 4),
             "run": round(statistics.median(row["run"]), 4),
             "seconds": round(statistics.median(row["seconds"]), 4),
             "memory_mb": round(memory[name], 1),
             "memory": round(memory[name] / memory[VARIANTS[name].against], 3),
-            "rounds": ROUNDS,
+            "rounds": rounds,
             "steps": STEPS - WARM,
         }
-    record = {name: record[name] for name in VARIANTS if name in record}
+    record["environment"] = environment(PACKAGES)
+    record["rows"] = {name: record["rows"][name] for name in VARIANTS if name in record["rows"]}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    write_page(record)
+    write_page(record["rows"])
 
 
 def write_page(record: dict[str, dict[str, Any]]) -> None:
@@ -257,4 +341,8 @@ def write_page(record: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="what to measure again; all by default")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    main(arguments.cases, arguments.rounds)

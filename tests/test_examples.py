@@ -44,6 +44,12 @@ PRINTS: dict[str, list[str]] = {
         r"bottleneck, strength 0\.001 .* 9\d\.\d% right .* [3-9],\d{3} parameters",
         r"40% of the units gone by hsic",
     ],
+    "group_penalties.py": [
+        r"dense .* 9\d\.\d% right .* 13,802 parameters",
+        r"group lasso, strength 0\.15 .* 9\d\.\d% right .* 1[012],\d{3} parameters",
+        r"slimming, 40% of the channels .* [89]\d\.\d% right",
+        r"growing regularization, 40% .* 9\d\.\d% right .* 5,203 parameters",
+    ],
     "early_exits.py": [
         r"exits at blocks\.1 \(34% of the work\), blocks\.3 \(67% of the work\)",
         r"threshold 1\.1 .* average depth 100\.0%",
