@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Suite", "efficientnet_lite0", "minilm"]
+__all__ = ["CALIBRATION_PHOTOS", "PHOTOS", "Suite", "crops", "efficientnet_lite0", "minilm", "sentences"]
 
 CALIBRATION_PHOTOS = (
     "coffee.png",
@@ -57,8 +57,8 @@ def efficientnet_lite0() -> Suite:
     weights = torch.load(path, weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
-    calibration = [(batch,) for batch in _crops(CALIBRATION_PHOTOS, CALIBRATION_CROPS, seed=1).split(16)]
-    evaluation = [(batch,) for batch in _crops(PHOTOS, CROPS, seed=0).split(40)]
+    calibration = [(batch,) for batch in crops(CALIBRATION_PHOTOS, CALIBRATION_CROPS, seed=1).split(16)]
+    evaluation = [(batch,) for batch in crops(PHOTOS, CROPS, seed=0).split(40)]
     return Suite("efficientnet_lite0", model.eval(), calibration, evaluation)
 
 
@@ -70,7 +70,7 @@ def minilm() -> Suite:
     path = Path(str(packaged.__file__)).parent / "model"
     model = AutoModel.from_pretrained(path, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    texts = _sentences()
+    texts = sentences()
     order = [texts[int(i)] for i in np.random.default_rng(0).permutation(len(texts))]
 
     def batches(some: list[str], size: int, **options: Any) -> list[dict[str, torch.Tensor]]:
@@ -83,7 +83,7 @@ def minilm() -> Suite:
     return Suite("minilm", model.eval(), batches(rest, 16, max_length=32), evaluation)
 
 
-def _crops(names: tuple[str, ...], count: int, seed: int) -> torch.Tensor:
+def crops(names: tuple[str, ...], count: int, seed: int) -> torch.Tensor:
     """Return random square crops at 224 pixels, normalised as the model was trained: float32 [count, 3, 224, 224]."""
     from PIL import Image
 
@@ -109,7 +109,7 @@ def _photo(name: str) -> Path:
 
 
 @cache
-def _sentences() -> list[str]:
+def sentences() -> list[str]:
     """Return English sentences of 6 to 40 words from the descriptions of well-known data sets, and docstrings."""
     import pydoc_data.topics
 

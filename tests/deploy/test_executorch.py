@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from torch import nn
 
 from tests.deploy.compressed import compressed, graph_of
 from tests.deploy.sources import get
-from torchopt_passes.deploy import Artifact, ExecuTorchTarget, compressed_size, export, open_artifact
+from torchopt_passes.deploy import Artifact, ExecuTorchTarget, benchmark_files, compressed_size, export, open_artifact
 from torchopt_passes.deploy.calls import run_source
-from torchopt_passes.errors import ConfigError, ExportError
+from torchopt_passes.deploy.program import Program
+from torchopt_passes.errors import ConfigError, ExportError, VerificationError
 
 pytest.importorskip("executorch", reason="needs pip install 'torchopt_passes[executorch]'")
 # what the exporter warns of is not ours to change
@@ -166,3 +169,42 @@ def test_a_graph_rounded_for_another_runtime_says_what_to_do(tmp_path: Path) -> 
     with pytest.raises(ExportError, match=r'dequantize_per_channel.*InsertFakeQuant\(target="executorch"\)'):
         export(graph, tmp_path / "m.pte", dynamic=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("weight", "layer"), [("c2.weight", "conv2d_1"), ("fc.bias", "linear")])
+def test_a_wrong_file_is_refused_by_its_first_wrong_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str, layer: str
+) -> None:
+    write = ExecuTorchTarget.write
+
+    def wrong(self: ExecuTorchTarget, program: Program, path: Path) -> dict[str, str]:
+        exported = copy.deepcopy(program.exported)
+        name = next(name for name in exported.state_dict if name.endswith(weight))
+        exported.state_dict[name].data.view(-1)[0] += 10
+        return write(self, replace(program, exported=exported), path)
+
+    monkeypatch.setattr(ExecuTorchTarget, "write", wrong)
+    with pytest.raises(VerificationError, match=rf"first layer that differs: {layer} \(error.*No file was written"):
+        export(source("plain"), tmp_path / "m.pte")
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_in_one_call(tmp_path: Path) -> None:
+    module, call = get("plain")
+    rows = [{"x": torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))} for seed in range(2)]
+    artifact = export(
+        module, tmp_path / "m.pte", example_inputs=call, quantization="int8", calibration=(row for row in rows)
+    )
+    assert "convolution int8 3" in artifact.report()["kernels"]
+    got, want = artifact(**rows[0]), module(**rows[0])
+    assert isinstance(got, torch.Tensor)
+    assert float((got - want).norm() / want.norm()) < 0.03
+
+
+def test_files_are_timed_side_by_side(files: dict[str, Artifact]) -> None:
+    paths = [files[name].path for name in ("plain", "plain int8")]
+    rows = benchmark_files(paths, batches=(1, 8), runs=2, warmup=1, threads=1).rows()
+    assert [(row["target"], row["precision"], row["batch"]) for row in rows] == [
+        ("executorch", precision, batch) for batch in (1, 8) for precision in ("float32", "int8")
+    ]
+    assert all(row["median"] > 0 and row["load"] > 0 and row["size"] > 0 for row in rows)

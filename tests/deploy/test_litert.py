@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ from torch import nn
 
 from tests.deploy.compressed import compressed, graph_of
 from tests.deploy.sources import get
-from torchopt_passes.deploy import Artifact, LiteRtTarget, compressed_size, export, open_artifact
+from torchopt_passes.deploy import Artifact, LiteRtTarget, benchmark_files, compressed_size, export, open_artifact
 from torchopt_passes.deploy.calls import run_source
 from torchopt_passes.deploy.grids import fold_static, make_signed, unfold_weights
-from torchopt_passes.deploy.program import read_program
-from torchopt_passes.errors import ConfigError, ExportError
+from torchopt_passes.deploy.program import Program, read_program
+from torchopt_passes.errors import ConfigError, ExportError, VerificationError
 from torchopt_passes.graph.inference import to_inference
 
 pytest.importorskip("litert_torch", reason="needs pip install 'torchopt_passes[litert]'")
@@ -160,7 +162,7 @@ sys.exit(", ".join(heavy) or 0)
 """
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "header", "foreign", "metadata"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "header", "foreign", "metadata", "flipped"])
 def test_damaged_and_foreign_files_are_refused(files: dict[str, Artifact], tmp_path: Path, damage: str) -> None:
     data = bytearray(files["plain"].path.read_bytes())
     place = data.find(b'"format"')
@@ -169,6 +171,7 @@ def test_damaged_and_foreign_files_are_refused(files: dict[str, Artifact], tmp_p
         "cut": lambda: data[: len(data) // 2],
         "header": lambda: struct.pack("<I", 2**31) + data[4:],
         "foreign": lambda: data.replace(b"torchopt_passes\0", b"something_other\0"),
+        "flipped": lambda: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
         "metadata": lambda: data[:place] + b"\xff" + data[place + 1 :],
     }[damage]()
     path = tmp_path / "m.tflite"
@@ -229,3 +232,42 @@ def test_the_graph_itself_is_left_alone() -> None:
     assert graph.code == code
     after = graph.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(("weight", "layer"), [("c2.weight", "conv2d_1"), ("fc.bias", "linear")])
+def test_a_wrong_file_is_refused_by_its_first_wrong_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str, layer: str
+) -> None:
+    write = LiteRtTarget.write
+
+    def wrong(self: LiteRtTarget, program: Program, path: Path) -> dict[str, str]:
+        exported = copy.deepcopy(program.exported)
+        name = next(name for name in exported.state_dict if name.endswith(weight))
+        exported.state_dict[name].data.view(-1)[0] += 10
+        return write(self, replace(program, exported=exported), path)
+
+    monkeypatch.setattr(LiteRtTarget, "write", wrong)
+    with pytest.raises(VerificationError, match=rf"first layer that differs: {layer} \(error.*No file was written"):
+        export(source("plain"), tmp_path / "m.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_in_one_call(tmp_path: Path) -> None:
+    module, call = get("plain")
+    rows = [{"x": torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))} for seed in range(2)]
+    artifact = export(
+        module, tmp_path / "m.tflite", example_inputs=call, quantization="int8", calibration=(row for row in rows)
+    )
+    assert "CONV_2D int8 3" in artifact.report()["kernels"]
+    got, want = artifact(**rows[0]), module(**rows[0])
+    assert isinstance(got, torch.Tensor)
+    assert float((got - want).norm() / want.norm()) < 0.03
+
+
+def test_files_are_timed_side_by_side(files: dict[str, Artifact]) -> None:
+    paths = [files[name].path for name in ("plain", "plain int8")]
+    rows = benchmark_files(paths, batches=(1, 8), runs=2, warmup=1, threads=1).rows()
+    assert [(row["target"], row["precision"], row["batch"]) for row in rows] == [
+        ("litert", precision, batch) for batch in (1, 8) for precision in ("float32", "int8")
+    ]
+    assert all(row["median"] > 0 and row["load"] > 0 and row["size"] > 0 for row in rows)

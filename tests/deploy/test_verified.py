@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tests.deploy.sources import get
-from torchopt_passes.deploy import InductorTarget, OnnxTarget, export
+from torchopt_passes.deploy import OnnxTarget, export
+from torchopt_passes.deploy.base import target_types
 from torchopt_passes.deploy.files import staged
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.deploy.verify import compare
@@ -96,7 +97,7 @@ def test_tolerance_is_obeyed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken runtime"), KeyboardInterrupt(), OSError(28, "No space left")])
-@pytest.mark.parametrize("target", [OnnxTarget, InductorTarget])
+@pytest.mark.parametrize("target", target_types().values(), ids=list(target_types()))
 def test_a_failure_half_way_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, target: Any
 ) -> None:
@@ -106,10 +107,13 @@ def test_a_failure_half_way_leaves_nothing(
         raise error
 
     monkeypatch.setattr(target, "write", write)
+    monkeypatch.setattr(
+        target, "require", staticmethod(lambda: None)
+    )  # it fails before the runtime is asked for anything
     module, inputs = get("plain")
     wanted = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ExportError
     with pytest.raises(wanted, match=None if wanted is KeyboardInterrupt else r"broken runtime|No space left"):
-        export(module, tmp_path / f"m{target.suffix}", example_inputs=inputs)
+        export(module, tmp_path / f"m{target.suffix}", target.name, example_inputs=inputs)
     assert not list(tmp_path.iterdir())
 
 

@@ -18,6 +18,7 @@ from torch import fx
 from torchopt_passes._compat import executorch_threads
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.calls import cause_of
+from torchopt_passes.deploy.first_layer import first_layer
 from torchopt_passes.deploy.grids import drop_identities, fold_static, make_signed
 from torchopt_passes.deploy.metadata import KEY, Metadata
 from torchopt_passes.deploy.program import Program
@@ -126,6 +127,10 @@ class ExecuTorchTarget(Target):
             return _Method(program, program.load_method("forward"), metadata)
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"ExecuTorch cannot open {path.name}: {cause_of(error)}") from error
+
+    def first_difference(self, program: Program, path: Path, inputs: Sequence[torch.Tensor], tolerance: float) -> str:
+        """Convert once more with every layer's value as an output, and name the first that differs from torch's."""
+        return first_layer(self, program, path, inputs, tolerance)
 
     def _bounded(self, program: Program) -> tuple[torch.export.ExportedProgram, dict[str, int]]:
         """Return the program with an upper bound for each open size, and the bounds by name."""

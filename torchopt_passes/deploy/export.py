@@ -146,7 +146,10 @@ def _verify(
     )
     if result.passed:
         return result
-    where = target.first_difference(program, path, program.select(calls[0]), result.tolerance)
+    try:
+        where = target.first_difference(program, path, program.select(calls[0]), result.tolerance)
+    except ExportError as error:  # a file of every layer's value is another one
+        where = f"its first layer that differs could not be found: {error}"
     way_out = ""
     if target.file_precision(program) == "int8" and saturates(target.name):
         way_out = ". This CPU has no VNNI: its int8 kernels saturate unless InsertFakeQuant has reduce_range=True"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import math
@@ -20,6 +21,7 @@ from torch import fx
 
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.calls import cause_of
+from torchopt_passes.deploy.first_layer import first_layer
 from torchopt_passes.deploy.grids import drop_identities, fold_static, make_signed, unfold_weights
 from torchopt_passes.deploy.metadata import KEY, Metadata
 from torchopt_passes.deploy.program import Program
@@ -29,6 +31,9 @@ __all__ = ["LiteRtTarget"]
 
 _IDENTIFIER = b"TFL3"
 _SIGNATURE = "serving_default"
+_CHECKSUM = f"{KEY}.sha256"
+# stands where the SHA-256 of the file will be, while that is computed
+_NO_DIGEST = hashlib.sha256(_CHECKSUM.encode()).digest()
 
 
 class LiteRtTarget(Target):
@@ -91,21 +96,25 @@ class LiteRtTarget(Target):
         from ai_edge_litert import schema_py_generated as schema  # pyright: ignore[reportMissingImports]
 
         model = schema.ModelT.InitFromPackedBuf(bytearray(path.read_bytes()), 0)
-        buffer, entry = schema.BufferT(), schema.MetadataT()
-        buffer.data = list(metadata.to_json().encode())
-        entry.name, entry.buffer = KEY, len(model.buffers)
-        model.buffers.append(buffer)
-        model.metadata = [*(model.metadata or []), entry]
-        builder = flatbuffers.Builder(path.stat().st_size + len(buffer.data))
+        text = metadata.to_json().encode()
+        model.metadata = list(model.metadata or [])
+        for name, data in ((KEY, text), (_CHECKSUM, _NO_DIGEST)):
+            buffer, entry = schema.BufferT(), schema.MetadataT()
+            buffer.data = list(data)
+            entry.name, entry.buffer = name, len(model.buffers)
+            model.buffers.append(buffer)
+            model.metadata.append(entry)
+        builder = flatbuffers.Builder(path.stat().st_size + len(text))
         builder.Finish(model.Pack(builder), _IDENTIFIER)
+        written = bytes(builder.Output())
         # beside it first: the runner may have the file mapped into memory
         draft = path.with_name("stamped.tflite")
-        draft.write_bytes(builder.Output())
+        draft.write_bytes(written.replace(_NO_DIGEST, hashlib.sha256(written).digest()))
         os.replace(draft, path)
 
     @classmethod
     def read_metadata(cls, path: Path) -> Metadata:
-        """Read the ``metadata`` entry; see `Target.read_metadata`."""
+        """Read the ``metadata`` entries, and check the checksum; see `Target.read_metadata`."""
         from ai_edge_litert import schema_py_generated as schema  # pyright: ignore[reportMissingImports]
 
         data = path.read_bytes()
@@ -113,14 +122,20 @@ class LiteRtTarget(Target):
             raise ExportError(f"{path.name} is damaged or no LiteRT file")
         try:
             model = schema.Model.GetRootAs(data, 0)
-            entries = [model.Metadata(place) for place in range(model.MetadataLength())]
-            found = [entry.Buffer() for entry in entries if entry.Name() == KEY.encode()]
-            text = model.Buffers(found[-1]).DataAsNumpy().tobytes() if found else b""
+            entries = {model.Metadata(place).Name(): model.Metadata(place) for place in range(model.MetadataLength())}
+            found = {
+                name: model.Buffers(entries[name.encode()].Buffer()).DataAsNumpy().tobytes()
+                for name in (KEY, _CHECKSUM)
+                if name.encode() in entries
+            }
         except (struct.error, IndexError, ValueError, TypeError, AttributeError) as error:
             raise ExportError(f"{path.name} is damaged: {error}") from error
-        if not text:
+        if KEY not in found:
             raise ExportError(f"{path.name} was not written by torchopt_passes: open it with ai_edge_litert")
-        return Metadata.from_json(text)
+        digest = found.get(_CHECKSUM, b"")
+        if not digest or hashlib.sha256(data.replace(digest, _NO_DIGEST)).digest() != digest:
+            raise ExportError(f"{path.name} is damaged: it does not match its checksum")
+        return Metadata.from_json(found[KEY])
 
     @classmethod
     def load(cls, path: Path, metadata: Metadata) -> Runner:
@@ -129,6 +144,10 @@ class LiteRtTarget(Target):
             return _Interpreter(_interpreter(path), metadata)
         except (ValueError, RuntimeError) as error:
             raise ExportError(f"LiteRT cannot open {path.name}: {cause_of(error)}") from error
+
+    def first_difference(self, program: Program, path: Path, inputs: Sequence[torch.Tensor], tolerance: float) -> str:
+        """Convert once more with every layer's value as an output, and name the first that differs from torch's."""
+        return first_layer(self, program, path, inputs, tolerance)
 
 
 class _Interpreter:

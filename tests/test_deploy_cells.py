@@ -1,0 +1,39 @@
+"""The page of the deployment cells says what the record says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.deploy_cells_page import page
+
+
+def row(target: str, precision: str, maker: str, ms: float, **more: Any) -> dict[str, Any]:
+    found = {"model": "resnet50", "target": target, "precision": precision, "maker": maker}
+    return found | {"ms": {"1": ms, "8": None}} | more
+
+
+RECORD = {
+    "rows": [
+        row("compile", "float32", "peer", 80.0),
+        row("onnx", "float32", "ours", 40.0, bytes=100_000_000),
+        row("onnx", "int8", "ours", 20.0, bytes=28_000_000, fidelity={"cosine": 0.99, "agreement": 0.9}),
+        row("onnx", "int8", "peer", 19.0, bytes=26_000_000, fidelity={"cosine": 0.98, "agreement": 0.8}),
+        row("onnx", "int8", "pruned", 8.0, bytes=9_000_000, fidelity={"cosine": 0.1, "agreement": 0.0}),
+        row("litert", "int8", "ours", 0.0, failed="ExportError: no a|b"),
+    ]
+}
+
+
+def test_figures_and_goals() -> None:
+    text = page(RECORD)
+    assert "| onnx | int8 | 20.00 (4.00x) | 0.95 | - | - | 28.0 (0.28) | 0.9900 (0.9800) | 0.900 (0.800) |" in text
+    assert "0.97 of the speed of the runtime's own tools**: 0 of 1 cells. Not: resnet50 onnx int8 batch 1 0.95." in text
+    assert "int8 at least as faithful (cosine, to 0.0005)**: 1 of 1 cells." in text
+    assert "int8 files at most 0.27 of the float32 file**: 0 of 1 cells. Not: resnet50 onnx int8 0.280." in text
+    assert "**ResNet-50 with half of its channels, onnx int8**: 2.50 times the speed of int8 alone" in text
+
+
+def test_a_cell_that_does_not_work_gives_its_reason() -> None:
+    text = page(RECORD)
+    assert "| litert | int8 | does not work |" in text
+    assert "- litert int8, ours: `ExportError: no a/b`" in text
