@@ -12,6 +12,7 @@ again).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ KILLS = 20
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # the collections of the children would copy the memory that they share
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"kills": KILLS, "steps": STEPS, "cases": {}}
     for name in names or [name for name in CASES if name not in record["cases"]]:
         with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torchopt_passes.deploy.cpu import saturates
+
 Source = tuple[nn.Module, dict[str, Any]]
 
 
@@ -71,7 +73,8 @@ def int8(source: Source) -> Source:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-    data = QuantizationSpec(torch.uint8, MinMaxObserver, 0, 255, torch.per_tensor_affine)
+    most = 127 if saturates("onnx") else 255
+    data = QuantizationSpec(torch.uint8, MinMaxObserver, 0, most, torch.per_tensor_affine)
     weight = QuantizationSpec(torch.int8, PerChannelMinMaxObserver, -128, 127, torch.per_channel_symmetric, ch_axis=0)
     layers = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 

@@ -16,6 +16,7 @@ from tests.deploy.conftest import Exported
 from tests.deploy.sources import get, int8
 from torchopt_passes.deploy import Artifact, InductorTarget, OnnxTarget, export, open_artifact, targets
 from torchopt_passes.deploy.calls import run_source
+from torchopt_passes.deploy.cpu import saturates
 from torchopt_passes.errors import ConfigError, MissingExtraError, VerificationError
 
 SUFFIXES = (".onnx", ".pt2", ".xml")
@@ -54,7 +55,8 @@ def test_equals_the_source(exported: Exported, name: str, suffix: str, batch: in
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     error = (got - want).norm() / want.norm()
-    assert error < (0.02 if name.startswith("int8") else 1e-5), float(error)
+    rounding = 0.04 if saturates("onnx") else 0.02  # of a step, which is twice as large on 7 bits
+    assert error < (rounding if name.startswith("int8") else 1e-5), float(error)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
