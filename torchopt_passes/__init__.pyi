@@ -64,6 +64,7 @@ from .deploy import footprint as footprint
 from .deploy import load_compact as load_compact
 from .deploy import open_artifact as open_artifact
 from .deploy import read_compact as read_compact
+from .deploy import saturates as saturates
 from .deploy import save_compact as save_compact
 from .deploy import targets as targets
 from .deploy import SparseLayer as SparseLayer

@@ -21,7 +21,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from torchopt_passes.callbacks import Distillation, GradualPruning, KeepZeros, QuantizationSchedule
-from torchopt_passes.deploy import benchmark, export
+from torchopt_passes.deploy import benchmark, export, saturates
 from torchopt_passes.errors import ConfigError, MissingExtraError
 from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.capture import capture
@@ -210,7 +210,7 @@ def run_demo(out: str | Path = "demo_output", *, epochs: float = 6.0, seed: int 
 
     _say("3/5 quantization-aware training: fake-quantizers go in, ranges are calibrated, weights adapt")
     context = PassContext(calibration=_batches(data, size=64, count=8))
-    plan += InsertFakeQuant(target="onnx")(graph, context).plan
+    plan += InsertFakeQuant(target="onnx", reduce_range=saturates("onnx"))(graph, context).plan
     plan += Calibrate()(graph, context).plan
     train(
         graph,

@@ -14,6 +14,7 @@ from torchopt_passes.deploy.compact import (
     read_compact,
     save_compact,
 )
+from torchopt_passes.deploy.cpu import saturates
 from torchopt_passes.deploy.executorch import ExecuTorchTarget
 from torchopt_passes.deploy.export import export
 from torchopt_passes.deploy.footprint import Footprint, footprint
@@ -54,6 +55,7 @@ __all__ = [
     "load_compact",
     "open_artifact",
     "read_compact",
+    "saturates",
     "save_compact",
     "targets",
     "use_sparse_kernels",
