@@ -16,7 +16,7 @@ from torchopt_passes.deploy.program import Program
 from torchopt_passes.errors import ConfigError, ExportError
 from torchopt_passes.graph.verify import relative_error
 
-__all__ = ["OnnxTarget"]
+__all__ = ["OnnxTarget", "open_in_onnx_runtime"]
 
 _TWO_GB = 2**31 - 2**20  # what a protobuf can hold, less room for the graph
 
@@ -87,7 +87,7 @@ class OnnxTarget(Target):
     @classmethod
     def load(cls, path: Path, metadata: Metadata) -> Runner:
         """Open a session with all graph optimizations."""
-        return _Session(_session(str(path)), metadata)
+        return open_in_onnx_runtime(path, metadata)
 
     def first_difference(self, program: Program, path: Path, inputs: Sequence[torch.Tensor], tolerance: float) -> str:
         """Run the ONNX graph with all its values as outputs, and name the first that differs from torch's."""
@@ -106,6 +106,11 @@ class OnnxTarget(Target):
             if error > tolerance:
                 return f"first layer that differs: {layers[name]} (error {error:.1e})"
         return "every layer agrees without graph optimizations: the difference comes from the runtime's fusions"
+
+
+def open_in_onnx_runtime(path: Path, metadata: Metadata, *, optimize: bool = True) -> Runner:
+    """Open a file in ONNX Runtime; without graph optimizations every operation runs as the file has it."""
+    return _Session(_session(str(path), optimize=optimize), metadata)
 
 
 class _Session:

@@ -13,7 +13,7 @@ from torch import fx
 
 from torchopt_passes.deploy.base import Runner
 from torchopt_passes.deploy.metadata import Metadata, TensorSpec
-from torchopt_passes.deploy.onnx import OnnxTarget
+from torchopt_passes.deploy.onnx import OnnxTarget, open_in_onnx_runtime
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.errors import ConfigError, ExportError
 
@@ -67,7 +67,8 @@ class TensorRtTarget(OnnxTarget):
     def load(cls, path: Path, metadata: Metadata) -> Runner:
         """Build the engine where a GPU and TensorRT are, else open the file in ONNX Runtime."""
         if find_spec("tensorrt") is None or not torch.cuda.is_available():
-            return super().load(path, metadata)
+            # as written: int8 kernels of a CPU, which can saturate, say nothing of TensorRT's
+            return open_in_onnx_runtime(path, metadata, optimize=False)
         return _Engine(path, metadata)
 
 
