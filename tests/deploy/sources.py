@@ -73,9 +73,10 @@ def int8(source: Source) -> Source:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-    most = 127 if saturates("onnx") else 255
-    data = QuantizationSpec(torch.uint8, MinMaxObserver, 0, most, torch.per_tensor_affine)
-    weight = QuantizationSpec(torch.int8, PerChannelMinMaxObserver, -128, 127, torch.per_channel_symmetric, ch_axis=0)
+    most = 63 if saturates("onnx") else 127
+    data = QuantizationSpec(torch.uint8, MinMaxObserver, 0, 255, torch.per_tensor_affine)
+    channels = PerChannelMinMaxObserver
+    weight = QuantizationSpec(torch.int8, channels, -most - 1, most, torch.per_channel_symmetric, ch_axis=0)
     layers = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 
     class Everything(Quantizer):

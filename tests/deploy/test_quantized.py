@@ -11,7 +11,6 @@ import torch
 
 import torchopt_passes as top
 from tests.deploy.sources import bert, plain
-from torchopt_passes._compat import decomposed_ops
 from torchopt_passes.deploy import export, open_artifact
 from torchopt_passes.deploy.cpu import SATURATING_TARGETS, saturates
 from torchopt_passes.deploy.quantized import quantized
@@ -70,7 +69,7 @@ def test_what_it_needs(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_activations_have_7_bits_where_the_cpu_would_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_have_7_bits_where_the_cpu_would_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
     module, inputs = plain()
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     for vnni in (False, True):
@@ -79,8 +78,9 @@ def test_activations_have_7_bits_where_the_cpu_would_saturate(monkeypatch: pytes
             [] if vnni else sorted(SATURATING_TARGETS)
         )
         graph = quantized(module, "onnx", "int8", inputs, [inputs])
-        rounded = graph.graph.find_nodes(op="call_function", target=decomposed_ops().quantize_per_tensor.default)
-        assert {node.args[4] for node in rounded} == {255 if vnni else 127}
+        weights = [value for value in graph.state_dict().values() if value.dtype is torch.int8]
+        assert weights
+        assert {int(weight.abs().max()) for weight in weights} == {127 if vnni else 63}
 
 
 def test_tensorrt_refuses_grids_that_it_lacks(tmp_path: Path) -> None:

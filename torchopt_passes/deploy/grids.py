@@ -1,8 +1,8 @@
-"""Graphs in the form a converter wants: signed grids, weights that the graph rounds, computed weights as constants."""
+"""Graphs in the form a converter wants: limits and signs of grids, rounded weights, computed weights as constants."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -12,7 +12,7 @@ from torchopt_passes.errors import ExportError
 from torchopt_passes.graph.state import erase_unused, free_name, get_state, remove_unused_state, store
 from torchopt_passes.graph.tensors import get_tensor
 
-__all__ = ["drop_identities", "fold_static", "make_signed", "unfold_weights"]
+__all__ = ["clip_to_grids", "drop_identities", "fold_static", "make_signed", "unfold_weights"]
 
 _IDENTITIES = {  # of an inference graph
     torch.ops.aten.dropout.default,
@@ -21,6 +21,51 @@ _IDENTITIES = {  # of an inference graph
     torch.ops.aten.detach.default,
 }
 _HALF = 128  # between the zeros of uint8 and int8
+
+
+def clip_to_grids(graph_module: fx.GraphModule) -> dict[str, str]:
+    """Clip values to their grid where it is narrower than its dtype, in place.
+
+    Runtimes know the limits of dtypes alone: a value beyond the calibrated range of a 4-bit grid is 15 in torch, and
+    anything up to 255 there. The clip is in float, in front of the rounding, so nothing else of the graph changes: x is
+    clipped to [(q_min - z) s, (q_max - z) s]. A limit of -127 for int8 is left alone, as the runtimes' -128 is one step
+    from it and a clip would keep TensorRT from fusing.
+
+    Args:
+        graph_module: an inference graph of ours alone.
+
+    Returns:
+        Facts for the report: how many values are clipped.
+    """
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        if not is_pair_op(node) or ".quantize" not in str(node.target):
+            continue
+        low, high, dtype = cast("tuple[int, int, torch.dtype]", node.args[-3:])
+        limits = torch.iinfo(dtype)
+        if low - limits.min > 1 or high < limits.max:
+            _clip(graph_module, node, low, high)
+            count += 1
+    graph_module.recompile()
+    return {"clipped to narrow grids": f"{count} values"} if count else {}
+
+
+def _clip(graph_module: fx.GraphModule, node: fx.Node, low: int, high: int) -> None:
+    graph, aten = graph_module.graph, torch.ops.aten
+    value, scale, zero_point = cast("tuple[fx.Node, Any, Any]", node.args[:3])
+    with graph.inserting_before(node):
+        if not isinstance(scale, fx.Node):  # one grid for the whole value
+            bounds = [(limit - zero_point) * scale for limit in (low, high)]
+            clipped = graph.call_function(aten.clamp.default, (value, *bounds))
+        else:
+            # a stored weight, or rows that have grids of their own
+            rank = get_tensor(graph_module, str(value.target)).ndim if value.op == "get_attr" else 2
+            shape = [-1 if dim == node.args[3] else 1 for dim in range(rank)]
+            steps = [graph.call_function(aten.rsub.Scalar, (zero_point, limit)) for limit in (low, high)]
+            limits = [graph.call_function(aten.mul.Tensor, (step, scale)) for step in steps]
+            bounds = [graph.call_function(aten.reshape.default, (limit, shape)) for limit in limits]
+            clipped = graph.call_function(aten.clamp.Tensor, (value, *bounds))
+    node.args = (clipped, *node.args[1:])
 
 
 def make_signed(graph_module: fx.GraphModule, runtime: str) -> None:

@@ -22,6 +22,7 @@ from torchopt_passes.deploy.calls import (
     run_source,
     without_cache,
 )
+from torchopt_passes.deploy.grids import clip_to_grids
 from torchopt_passes.deploy.layers import count_layers, is_quantized
 from torchopt_passes.deploy.metadata import TensorSpec
 from torchopt_passes.errors import ConfigError, ExportError, TorchOptError
@@ -122,7 +123,7 @@ def _read(
     named = named_inputs(module, call)
     graph = module if isinstance(module, fx.GraphModule) else _trace(module, call, dynamic)
     inference = to_inference(graph, outputs)
-    facts = prepare(inference) if prepare is not None else {}
+    facts = clip_to_grids(inference) | (prepare(inference) if prepare is not None else {})
     names: tuple[str, ...] = inference.meta["input_names"]
     tensors = tuple(named.get(name) for name in names)
     for name, tensor in zip(names, tensors, strict=True):

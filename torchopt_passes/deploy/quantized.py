@@ -27,7 +27,7 @@ def quantized(
 ) -> fx.GraphModule:
     """Quantize a float model after training, on the grids that a target computes with on this machine.
 
-    On an x86 CPU without VNNI activations get 7 bits (`saturates`).
+    On an x86 CPU without VNNI weights get 7 bits (`saturates`).
 
     Args:
         module: an ``nn.Module`` or a captured graph; left as it was.

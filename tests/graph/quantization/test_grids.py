@@ -95,16 +95,15 @@ def test_wrong_globs_and_widths_are_refused(option: str) -> None:
     assert top.make_pass(pass_.recipe()) == pass_
 
 
-def test_reduced_range_is_that_of_torch() -> None:
+def test_reduced_range_keeps_two_products_in_16_bits() -> None:
     model, inputs = build("conv_residual")
-    prepared = prepare(model, [inputs], reduce_range=True, activation_bits_of={"fc": 6})
+    prepared = prepare(model, [inputs], reduce_range=True, weight_bits_of={"fc": 6, "stem": 8, "conv": 32})
     found = quantizers(prepared)
-    assert {n: (q.quant_min, q.quant_max) for n, q in found.items() if n.startswith("act")} == {
-        "act_x": (0, 127), "act_relu": (0, 127), "act_relu_1": (0, 127), "act_mean": (0, 63),
+    assert {n: (q.quant_min, q.quant_max) for n, q in found.items() if n.endswith("weight")} == {
+        "stem_weight": (-63, 63), "depthwise_weight": (-63, 63), "fc_weight": (-31, 31),
     }  # fmt: skip
-    assert all(q.quant_max == 127 and q.quant_min == -127 for n, q in found.items() if n.endswith("weight"))
-    # the int16 sum of two products of the kernels without VNNI holds
-    assert 2 * 127 * 127 < 2**15 <= 2 * 255 * 127
+    assert all((q.quant_min, q.quant_max) == (0, 255) for n, q in found.items() if n.startswith("act"))
+    assert 2 * 255 * 63 < 2**15 <= 2 * 255 * 127  # what kernels without VNNI add in int16
 
 
 def test_mixed_bits_convert_exactly() -> None:
@@ -185,7 +184,6 @@ def test_power_of_two_steps_are_learned_in_training() -> None:
     [
         ({"activation_symmetric": True}, "'inductor' cannot run int8 activations"),
         ({"weight_symmetric": False}, "'inductor' cannot run uint8 weights"),
-        ({"target": "onnx", "activation_symmetric": True, "reduce_range": True}, "reduce_range is for uint8"),
         ({"weight_bits": 16}, "weight_bits must be 2 to 8"),
     ],
 )

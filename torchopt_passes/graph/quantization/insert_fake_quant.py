@@ -175,8 +175,9 @@ class InsertFakeQuant(GraphPass):
             operation in float. The first glob that matches counts.
         activation_bits_of: the same, for the inputs of the operations it matches. A value that several operations read
             is rounded once, to the widest of what they want.
-        reduce_range: at most 7 bits for activations, as torch does for x86 CPUs without VNNI: their int8 kernels add
-            pairs of products in 16 bits, and 2 * 255 * 127 would saturate there.
+        reduce_range: at most 7 bits for weights, for x86 CPUs without VNNI: their int8 kernels add pairs of products
+            in 16 bits, and 2 * 255 * 127 would saturate there. (Torch takes the bit from activations, which have one
+            step for all channels, and whose integers a runtime does not keep to 7 bits.)
         per_channel: a scale for each output channel of a weight, or one for the whole weight.
         weight_symmetric: int8 weights about zero; False for uint8 weights with a zero point, which Inductor lacks.
         activation_symmetric: None for what the target computes with: int8 activations about zero for TensorRT, uint8
@@ -239,8 +240,6 @@ class InsertFakeQuant(GraphPass):
         }
         for grid in (name for name, wanted in asked.items() if wanted and name in no_grid):
             raise ConfigError(f"InsertFakeQuant: target {self.target!r} cannot run {grid}: {no_grid[grid]}")
-        if self.reduce_range and self.signed_activations:
-            raise ConfigError("InsertFakeQuant: reduce_range is for uint8 activations, not for int8 ones about zero")
         if self.group_size < 0 or (self.group_size and not self.per_channel):
             raise ConfigError(f"InsertFakeQuant: group_size must be >= 0, with per_channel=True, not {self.group_size}")
         if self.activation_format in SCALED_FORMATS and self.activation_range == "static":
@@ -304,10 +303,10 @@ class InsertFakeQuant(GraphPass):
 
     def _bits_of(self) -> list[BitsOf]:
         narrow = 7 if self.reduce_range else 8
-        activations = {p: b if b > 8 else min(b, narrow) for p, b in (self.activation_bits_of or {}).items()}
+        weights = {p: b if b > 8 else min(b, narrow) for p, b in (self.weight_bits_of or {}).items()}
         return [
-            BitsOf("weight_bits_of", self.weight_bits_of or {}, self.weight_bits),
-            BitsOf("activation_bits_of", activations, min(self.activation_bits, narrow)),
+            BitsOf("weight_bits_of", weights, min(self.weight_bits, narrow)),
+            BitsOf("activation_bits_of", self.activation_bits_of or {}, self.activation_bits),
         ]
 
     def proving(self, graph_module: fx.GraphModule) -> AbstractContextManager[Any]:
