@@ -1,6 +1,6 @@
 """Every model of the capture matrix: prepared, calibrated, converted, run; all matrix operations reported.
 
-A dozen families here, the others marked slow; torchvision's are in benchmarks/records/quantize_matrix.csv, made by the
+Seven here, the others with `pytest -m slow`; torchvision's are in benchmarks/records/quantize_matrix.csv, made by the
 same checks (`python -m benchmarks.quantize_matrix`).
 """
 
