@@ -18,7 +18,7 @@ from torchopt_passes.deploy import OnnxTarget, export
 from torchopt_passes.deploy.base import target_types
 from torchopt_passes.deploy.files import staged
 from torchopt_passes.deploy.program import Program
-from torchopt_passes.deploy.verify import compare
+from torchopt_passes.deploy.verify import Verification, beyond_noise, compare, rounding_noise
 from torchopt_passes.errors import ExportError, VerificationError
 
 
@@ -195,3 +195,28 @@ def test_compare_takes_the_worst_call_and_output() -> None:
     result = compare([[good, good], [good, bad]], [[good, good], [good, good]], precision="float32")
     assert result.error == pytest.approx(0.5)
     assert result.calls == 2
+
+
+class Borders(torch.nn.Module):
+    """Rounds values that lie on the border of two steps: their last bit decides."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((64,), value))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": (self.weight * x).round()}
+
+
+def test_int8_is_judged_by_how_far_its_own_roundings_move_it() -> None:
+    source, calls = Borders(10.5), [((torch.ones(1),), {})]
+    noise = rounding_noise(source, calls, ["y"])
+    moved = (noise * 10) ** 2 * 64  # of 64 values 10, those whose weight grew are 11
+    assert moved == pytest.approx(round(moved)) and 10 < moved < 54
+    failed = Verification(error=0.1, tolerance=0.03, sqnr=20.0, agreement=1.0, calls=1)
+    assert beyond_noise(failed, source, calls, ["y"]).tolerance == 1.5 * noise
+    assert beyond_noise(failed, source, calls, ["y"]).passed == (1.5 * noise >= 0.1)
+    # nothing moves: nothing more is allowed; everything moves: nothing can be told
+    assert beyond_noise(failed, Borders(10.25), calls, ["y"]) == failed
+    assert beyond_noise(failed, Borders(0.5), calls, ["y"]) == failed
+    assert torch.equal(source.weight, torch.full((64,), 10.5))

@@ -15,7 +15,7 @@ from torchopt_passes.deploy.benchmark import Benchmark, benchmark
 from torchopt_passes.deploy.calls import named_inputs, run_source
 from torchopt_passes.deploy.metadata import Metadata, problems
 from torchopt_passes.deploy.size import compressed_size
-from torchopt_passes.deploy.verify import Verification, compare
+from torchopt_passes.deploy.verify import Verification, beyond_noise, compare
 from torchopt_passes.errors import ConfigError, ExportError, VerificationError
 from torchopt_passes.graph.calls import as_call
 
@@ -122,6 +122,8 @@ class Artifact:
             precision=self.metadata.precision,
             tolerance=tolerance,
         )
+        if not result.passed and tolerance is None and self.metadata.precision == "int8":
+            result = beyond_noise(result, module, [call], [spec.name for spec in self.metadata.outputs])
         if not result.passed:
             raise VerificationError(f"{self.path.name} is not what {type(module).__name__} computes: {result}")
         return result
