@@ -14,6 +14,7 @@ from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.metadata import KEY, Metadata
 from torchopt_passes.deploy.onnx_graph import layer_values, to_onnx
 from torchopt_passes.deploy.program import Program
+from torchopt_passes.deploy.verify import DEFAULT_TOLERANCE
 from torchopt_passes.errors import ExportError
 from torchopt_passes.graph.verify import relative_error
 
@@ -50,10 +51,21 @@ class OpenVinoTarget(Target):
     weights: Literal["float32", "float16"] = "float32"
     device: str = "CPU"
 
+    def file_precision(self, program: Program) -> str:
+        """Return int8, or the coarsest of what the model, its stored weights and the runtime's arithmetic have."""
+        if program.precision == "int8":
+            return "int8"
+        return max((program.precision, self.weights, self.precision), key=lambda name: DEFAULT_TOLERANCE[name])
+
     def write(self, program: Program, path: Path) -> dict[str, str]:
         """Convert, save both files, and say which kernels the runtime chose."""
         import openvino
 
+        if program.precision == "bfloat16":
+            raise ExportError(
+                "OpenVINO reads embeddings of a bfloat16 model wrongly (2026.4), and its inputs are no NumPy arrays: "
+                'give it a float32 model and precision="bfloat16"'
+            )
         draft = path.with_name("draft.onnx")
         try:
             to_onnx(program, _OPSET).save(str(draft))
@@ -107,7 +119,7 @@ class OpenVinoTarget(Target):
         outputs = model.add_outputs(names)
         for output, name in zip(outputs, names, strict=True):
             output.get_tensor().add_names({f"layer {name}"})
-        found = _compile(model, "float32", self.device)(_arrays(inputs))
+        found = _compile(model, self.precision, self.device)(_arrays(inputs))
         for name in names:
             # integers as numbers: one that is rounded the other way is a small error too
             value = torch.from_numpy(found[f"layer {name}"].copy())

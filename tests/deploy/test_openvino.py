@@ -1,0 +1,83 @@
+"""OpenVINO at half precision: what is computed in 16 bits is judged as such, and weights in 16 bits take half the file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.deploy.sources import get
+from torchopt_passes.deploy import Artifact, OpenVinoTarget, export, open_artifact
+from torchopt_passes.deploy.program import Program
+from torchopt_passes.deploy.verify import DEFAULT_TOLERANCE
+from torchopt_passes.errors import ExportError, VerificationError
+
+pytest.importorskip("openvino", reason="needs pip install 'torchopt_passes[openvino]'")
+
+# "float16" too is computed in bfloat16 by CPUs that have this alone
+BFLOAT16 = {"precision": "bfloat16"}
+FLOAT16 = {"weights": "float16"}
+
+
+def written(name: str, path: Path, options: dict[str, str]) -> Artifact:
+    module, inputs = get(name)
+    return export(module, path, example_inputs=inputs, **options)
+
+
+@pytest.mark.parametrize("name", ["plain", "bert"])
+@pytest.mark.parametrize(
+    ("options", "precision"), [(BFLOAT16, "bfloat16"), (FLOAT16, "float16"), (BFLOAT16 | FLOAT16, "bfloat16")]
+)
+def test_half_precision(tmp_path: Path, name: str, options: dict[str, str], precision: str) -> None:
+    artifact = written(name, tmp_path / "m.xml", options)
+    assert artifact.metadata.precision == precision
+    figures = artifact.metadata.verification
+    assert figures["tolerance"] == DEFAULT_TOLERANCE[precision]
+    # beyond float32's tolerance where the values really have 16 bits, and well within their own
+    assert figures["error"] < 0.02 if "precision" in options else figures["error"] < 0.002
+    again = open_artifact(artifact.path)
+    module, inputs = get(name)
+    assert again.verify(module, inputs).tolerance == DEFAULT_TOLERANCE[precision]
+    call = {key: value for key, value in inputs.items() if key != "labels"}
+    assert torch.equal(again(**call), artifact(**call))  # pyright: ignore
+    assert again.metadata == artifact.metadata
+
+
+@pytest.mark.parametrize("name", ["plain", "bert"])
+def test_float16_weights_take_half_the_file(tmp_path: Path, name: str) -> None:
+    whole, half = (written(name, tmp_path / f"{len(options)}.xml", options) for options in ({}, FLOAT16))
+    sizes = [artifact.files[1].stat().st_size for artifact in (whole, half)]
+    # the indices and constants of the graph are integers, and stay
+    assert sizes[1] <= (0.501 if name == "plain" else 0.51) * sizes[0]
+
+
+def test_int8_is_judged_as_int8(tmp_path: Path) -> None:
+    assert written("int8_plain", tmp_path / "m.xml", BFLOAT16 | FLOAT16).metadata.precision == "int8"
+
+
+def test_layers_are_compared_as_they_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer that differs is the wrong one, not the first that is rounded to 16 bits."""
+    write = OpenVinoTarget.write
+    module, inputs = get("plain")
+    wrong = copy.deepcopy(module)
+    wrong.get_submodule("c3").bias.data += 10  # pyright: ignore
+
+    def tampered(self: OpenVinoTarget, program: Program, path: Path) -> dict[str, str]:
+        from torchopt_passes.deploy.program import read_program
+
+        return write(self, read_program(wrong, inputs), path)
+
+    monkeypatch.setattr(OpenVinoTarget, "write", tampered)
+    with pytest.raises(VerificationError, match=r"first layer that differs: conv2d_2 \(error"):
+        export(module, tmp_path / "m.xml", example_inputs=inputs, **BFLOAT16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_in_bfloat16_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    module, inputs = get("plain")
+    call = {"x": inputs["x"].bfloat16()}
+    with pytest.raises(ExportError, match=r'give it a float32 model and precision="bfloat16"'):
+        export(copy.deepcopy(module).bfloat16(), tmp_path / "m.xml", example_inputs=call)
+    assert not list(tmp_path.iterdir())
