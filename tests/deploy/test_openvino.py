@@ -1,4 +1,4 @@
-"""OpenVINO at half precision: what is computed in 16 bits is judged as such, and weights in 16 bits take half the file."""
+"""OpenVINO at half precision: 16-bit arithmetic is judged as such, and 16-bit weights take half the file."""
 
 from __future__ import annotations
 
