@@ -393,7 +393,7 @@ CASES |= {
         make=lambda: Distillation([AveragedWeights(decay=0.5), InitialWeights()]),
         model=bare_net,
         data=images,
-        extra_state=("weight", "bias", "initial"),
+        extra_state=("weight", "bias", "initial", "behind"),
         plain=bare_net,
     ),
     "Distillation-cache": Case(make=lambda: Distillation(cached_teacher(), temperature=4.0), model=tiny_student),

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
+from torchopt_passes.callbacks.optimizer_steps import after_each_step
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError
 
@@ -139,7 +140,7 @@ class Session:
         self.optimizer, self.step = optimizer, step
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self._student.follow(optimizer, lambda: self.progress)
-        self._handle = optimizer.register_step_post_hook(self._stepped)
+        self._handle = after_each_step(optimizer, self._stepped)
         self._begin()
 
     def train_owned(self, optimizer: torch.optim.Optimizer) -> None:
@@ -215,7 +216,7 @@ class Session:
         for callback in self.callbacks:
             callback.begin(self.progress)
 
-    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _stepped(self) -> None:
         self.step += 1
         for callback in self.callbacks:
             callback.after_step(self.progress)

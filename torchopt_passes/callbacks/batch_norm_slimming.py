@@ -115,8 +115,8 @@ class BatchNormSlimming(Penalty, UnitCallback):
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
-        """Take the proximal step, in the proximal form."""
-        if self.form == "proximal" and self.student is not None:
+        """Take the proximal step, in the proximal form; none where the optimizer took none."""
+        if self.form == "proximal" and progress.stepped and self.student is not None:
             gammas = dict(zip(self._gammas, self._penalized(), strict=True))
             for fqn, rate in learning_rates(self.student.optimizer, gammas).items():
                 gammas[fqn].copy_(soft_threshold(gammas[fqn], rate * self.strength))

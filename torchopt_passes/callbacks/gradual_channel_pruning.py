@@ -112,6 +112,7 @@ class GradualChannelPruning(GradualMasks):
 
     _groups: tuple[UnitGroup, ...] = field(default=(), init=False, repr=False)
     _graph: fx.GraphModule | None = field(default=None, init=False, repr=False)
+    _overflowed: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse options that are wrong in any training."""
@@ -163,6 +164,11 @@ class GradualChannelPruning(GradualMasks):
                 )
         super().begin(progress)
 
+    def after_step(self, progress: Progress) -> None:
+        """Mask more if it is time, and zero what is masked so far."""
+        self._overflowed = not progress.stepped
+        super().after_step(progress)
+
     def metrics(self) -> dict[str, float]:
         """Return ``channel_ratio``: the share of the managed units that is masked."""
         total = sum(g.group.size for g in self._groups)
@@ -212,8 +218,11 @@ class GradualChannelPruning(GradualMasks):
         graph = self._graph or self.student.model
         if not isinstance(graph, fx.GraphModule):
             raise CallbackError(f"{type(self).__name__} is not installed")
-        scores = score_groups(graph, self.groups, self.importance)
-        for name, reason in scores.fallbacks.items():
+        # the gradients of a step that a scaler skipped are infinite
+        infinite = self._overflowed and self._criterion == "taylor"
+        scores = score_groups(graph, self.groups, "l2" if infinite else self.importance)
+        reasons = {g.name: "its gradients overflowed" for g in self.groups} if infinite else scores.fallbacks
+        for name, reason in reasons.items():
             skip = Skip(target=name, reason=f"{self._named} finds nothing: {reason}; ranked by l2")
             self.skips = self.skips if skip in self.skips else (*self.skips, skip)
         # what is masked ranks below all else, so that it stays masked

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from torchopt_passes.callbacks.criteria import Criterion, named_criterion
+from torchopt_passes.callbacks.criteria import Criterion, Magnitude, named_criterion
 from torchopt_passes.callbacks.gradual import GradualMasks
 from torchopt_passes.callbacks.lifecycle import Progress
 from torchopt_passes.callbacks.sharded import masks_by, part_of, whole
@@ -17,6 +18,8 @@ from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional.mask_rules import MaskRule
 
 __all__ = ["GradualPruning"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -118,7 +121,14 @@ class GradualPruning(WeightMasks, GradualMasks):
 
     def _choose(self, value: float) -> None:
         """Mask the weights that rank lowest, so many that `value` is the sparsity."""
-        scores = {target.fqn: part_of(self._criterion.scores(target), target.weight) for target in self._targets}
+        seen = (bool(whole(self._criterion.scores(target)).any()) for target in self._targets)
+        blind = self._criterion.sees_gradients and not any(list(seen))  # a list: each rank asks for all the same
+        if blind:  # a gradient scaler has skipped every step since then
+            logger.warning(
+                "criterion %r has seen no gradient since the last update: ranked by magnitude", self._criterion.name
+            )
+        criterion = Magnitude(dense=self._dense) if blind else self._criterion
+        scores = {target.fqn: part_of(criterion.scores(target), target.weight) for target in self._targets}
         if not self._dense:  # what is removed has lost its value: it leaves first
             scores = {t.fqn: scores[t.fqn].float().masked_fill(~t.mask, -torch.inf) for t in self._targets}
         found = masks_by(self._rule, scores, value, {target.fqn: target.input_dim for target in self._targets})

@@ -93,8 +93,8 @@ class GroupLasso(Penalty, UnitCallback):
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
-        """Take the proximal step, in the proximal form."""
-        if self.form != "proximal" or self.student is None:
+        """Take the proximal step, in the proximal form; none where the optimizer took none."""
+        if self.form != "proximal" or not progress.stepped or self.student is None:
             return
         model = self.student.model
         rates = learning_rates(self.student.optimizer, self._weights())

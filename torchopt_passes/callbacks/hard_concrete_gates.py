@@ -115,8 +115,8 @@ class HardConcreteGates(Gates):
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
-        """Let the multipliers ascend, and draw for the next step."""
-        if self._ramp is not None and not self.settled:
+        """Let the multipliers ascend where the gates have moved, and draw for the next step."""
+        if self._ramp is not None and not self.settled and progress.stepped:
             short = self.target - self.expected_sparsity()
             self._multipliers.add_(self.ascent * torch.stack([short, short.square()]).to(self._multipliers))
         super().after_step(progress)

@@ -64,8 +64,8 @@ class L1Penalty(WeightPenalty):
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
-        """Take the proximal step, in the proximal form."""
-        if self.form == "proximal" and self.student is not None:
+        """Take the proximal step, in the proximal form; none where the optimizer took none."""
+        if self.form == "proximal" and progress.stepped and self.student is not None:
             rates = learning_rates(self.student.optimizer, {t.fqn: t.weight for t in self._targets})
             for target in self._targets:
                 target.weight.copy_(soft_threshold(target.weight, rates[target.fqn] * self.strength))

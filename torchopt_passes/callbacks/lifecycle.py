@@ -68,6 +68,8 @@ class Progress:
             count as none.
         total_steps: optimizer steps of the whole run, None if unknown.
         steps_per_epoch: optimizer steps of one pass over the data, None if unknown.
+        stepped: whether the last of these steps has changed the weights. False after one that a gradient scaler
+            skipped, which the Trainer counts all the same: schedules go on, but what follows an update must not.
 
     Example:
         >>> Progress(0, 200).steps(0.25), Progress(0, 200).steps(25)
@@ -77,6 +79,7 @@ class Progress:
     step: int
     total_steps: int | None
     steps_per_epoch: int | None = None
+    stepped: bool = True
 
     def steps(self, when: When) -> int:
         """Return a moment of training as completed optimizer steps.
@@ -160,7 +163,11 @@ class Lifecycle:
         """
 
     def after_step(self, progress: Progress) -> None:
-        """Act after an optimizer step; `progress.step` counts it."""
+        """Act after an optimizer step; `progress.step` counts it.
+
+        The Trainer counts the steps that its gradient scaler skips: then ``progress.stepped`` is False, the weights are
+        those of the step before, and `before_step` was not called. In other loops such a step is none.
+        """
 
     def take_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword inputs that reach the model in this forward, in training or evaluation mode."""

@@ -1,4 +1,4 @@
-"""The moment before an optimizer step, when the gradients are what the optimizer will use."""
+"""The moments before an optimizer step, when the gradients are final, and after one that has changed the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchopt_passes.errors import CallbackError
 
-__all__ = ["before_each_step"]
+__all__ = ["after_each_step", "before_each_step"]
 
 
 def before_each_step(optimizer: torch.optim.Optimizer, act: Callable[[], None]) -> RemovableHandle:
@@ -59,6 +59,26 @@ def before_each_step(optimizer: torch.optim.Optimizer, act: Callable[[], None]) 
         return args, {**kwargs, "closure": closure_and_act}
 
     return optimizer.register_step_pre_hook(hook)
+
+
+def after_each_step(optimizer: torch.optim.Optimizer, act: Callable[[], None]) -> RemovableHandle:
+    """Call `act` after each update of an optimizer; a step that a GradScaler skips is none.
+
+    Most optimizers are not called for such a step. Fused ones are, and skip it themselves.
+
+    Args:
+        optimizer: any of ``torch.optim``, torchao and the like.
+        act: sees the new weights.
+
+    Returns:
+        What ends it.
+    """
+
+    def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _overflowed(optimizer):
+            act()
+
+    return optimizer.register_step_post_hook(hook)
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchopt_passes._compat import active_data_parallel, compiled_source, run_eagerly
 from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
-from torchopt_passes.callbacks.optimizer_steps import before_each_step
+from torchopt_passes.callbacks.optimizer_steps import after_each_step, before_each_step
 from torchopt_passes.callbacks.outputs import accepts, argument, loss_of, with_loss
 from torchopt_passes.callbacks.owned import OWNED, drop_parameters, take_parameters
 from torchopt_passes.callbacks.sharded import is_sharded, shard_group
@@ -62,6 +62,8 @@ class Student:
         self._items: torch.Tensor | int | None = None
         self._progress: Callable[[], Progress] | None = None
         self._step_handle: RemovableHandle | None = None
+        self._taken_handle: RemovableHandle | None = None
+        self._taken: int | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         """The optimizer that trains the model, from the moment that callbacks begin."""
 
@@ -206,6 +208,8 @@ class Student:
         if optimizer is not self.optimizer:
             self._unfollow()
             self.optimizer = optimizer
+        if isinstance(optimizer, torch.optim.Optimizer) and self._taken_handle is None:
+            self._taken_handle = after_each_step(optimizer, self._take_note)
         early = self._early()
         if not early or self._step_handle is not None:
             return
@@ -215,6 +219,14 @@ class Student:
                 "no torch.optim.Optimizer and does not tell of its steps"
             )
         self._step_handle = before_each_step(optimizer, self._before_step)
+
+    def took(self, step: int) -> bool:
+        """Return whether the optimizer took a step or a gradient scaler skipped it; True if the optimizer hides that.
+
+        Args:
+            step: the number of the last one, counted from 1 by a loop that counts skipped ones too.
+        """
+        return self._taken_handle is None or self._taken == step
 
     def lift(self) -> None:
         """Take away what stands in for parameters since the last forward; see `Lifecycle.stand_ins`."""
@@ -281,9 +293,10 @@ class Student:
             self._at_end.pop()()
 
     def _unfollow(self) -> None:
-        if self._step_handle is not None:
-            self._step_handle.remove()
-        self._step_handle = self.optimizer = None
+        for handle in (self._step_handle, self._taken_handle):
+            if handle is not None:
+                handle.remove()
+        self._step_handle = self._taken_handle = self._taken = self.optimizer = None
 
     def _early(self) -> list[Lifecycle]:
         """Return the callbacks that act before a step."""
@@ -294,6 +307,9 @@ class Student:
             progress = self._progress()
             for callback in self._early():
                 callback.before_step(progress)
+
+    def _take_note(self) -> None:
+        self._taken = self._progress().step + 1 if self._progress is not None else None
 
     @run_eagerly
     def _take_items(

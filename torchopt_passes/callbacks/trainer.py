@@ -5,6 +5,7 @@ The Trainer calls the events by name and asks for no base class, so the same obj
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torchopt_passes._compat import calling_trainer, count_shifted_labels
@@ -52,8 +53,13 @@ class TrainerEvents(Lifecycle):
         self.begin(_progress(args, state, data))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Step. Fired once for an accumulated step, after the update and before ``global_step`` is counted up."""
-        self.after_step(_progress(args, state, kwargs.get("train_dataloader"), done=1))
+        """Step. Fired once for an accumulated step, after the update and before ``global_step`` is counted up.
+
+        The Trainer fires it, and counts up, for a step too that its gradient scaler has skipped.
+        """
+        progress = _progress(args, state, kwargs.get("train_dataloader"), done=1)
+        stepped = self.student is None or self.student.took(progress.step)
+        self.after_step(replace(progress, stepped=stepped))
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, Any], **kwargs: Any) -> None:
         """Add the metrics, means over the ranks, to the logs, for all that reads them, and to ``state.log_history``."""

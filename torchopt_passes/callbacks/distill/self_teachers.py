@@ -166,7 +166,8 @@ class _Initial(_CopySource):
 class _Averaged(_CopySource):
     def __init__(self, options: AveragedWeights) -> None:
         super().__init__(options.weight)
-        self._decay, self._behind = options.decay, False
+        self._decay = options.decay
+        self._behind: bool | None = None
 
     def install(self, student: nn.Module) -> None:
         self._brought = nn.Module()
@@ -175,6 +176,7 @@ class _Averaged(_CopySource):
             if not is_owned(fqn) and parameter.is_floating_point():
                 self._names[fqn] = fqn.replace(".", "__")
                 self._brought.register_buffer(self._names[fqn], parameter.detach().float().clone())
+        self._brought.register_buffer("torchopt_behind", torch.zeros((), dtype=torch.bool))
         self._runner = _AveragedModel(_copied(student), self._averages)
         self._runner.install(student)
 
@@ -182,12 +184,15 @@ class _Averaged(_CopySource):
         return self._brought
 
     def begin(self, student: nn.Module, progress: Progress) -> None:
-        self._behind = progress.step > 0  # a checkpoint is written after a step, before the average has followed
+        self._behind = None  # as the checkpoint says, where there is one: its last step may have been a skipped one
 
     def after_step(self, student: nn.Module, progress: Progress) -> None:
-        self._behind = True
+        if progress.stepped:
+            self._note(True)
 
     def ask(self, call: StudentCall, batch: Mapping[str, Any], own: Mapping[Tap, torch.Tensor]) -> Answer:
+        if self._behind is None:
+            self._behind = bool(self._brought.get_buffer("torchopt_behind"))
         if self._behind:  # only now, when every callback is done with the weights of the step
             self._follow(call.model)
         self._take_buffers(call.model)
@@ -198,7 +203,12 @@ class _Averaged(_CopySource):
         parameters = dict(student.named_parameters())
         for fqn, average in self._averages().items():
             average.lerp_(whole(parameters[fqn]).to(average.dtype), 1.0 - self._decay)
-        self._behind = False
+        self._note(False)
+
+    def _note(self, behind: bool) -> None:
+        """Note whether the weights have moved since the average followed them, in checkpoints too."""
+        self._behind = behind
+        self._brought.get_buffer("torchopt_behind").fill_(behind)
 
     def _averages(self) -> dict[str, torch.Tensor]:
         return {fqn: self._brought.get_buffer(name) for fqn, name in self._names.items()}
