@@ -124,9 +124,7 @@ class GradualPruning(WeightMasks, GradualMasks):
         seen = (bool(whole(self._criterion.scores(target)).any()) for target in self._targets)
         blind = self._criterion.sees_gradients and not any(list(seen))  # a list: each rank asks for all the same
         if blind:  # a gradient scaler has skipped every step since then
-            logger.warning(
-                "criterion %r has seen no gradient since the last update: ranked by magnitude", self._criterion.name
-            )
+            logger.warning("%s has seen no gradient since the last update: ranked by magnitude", self._criterion.name)
         criterion = Magnitude(dense=self._dense) if blind else self._criterion
         scores = {target.fqn: part_of(criterion.scores(target), target.weight) for target in self._targets}
         if not self._dense:  # what is removed has lost its value: it leaves first
