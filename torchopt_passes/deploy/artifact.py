@@ -64,9 +64,10 @@ class Artifact:
     @property
     def files(self) -> tuple[Path, ...]:
         """The file, and the one beside it that holds its weights, where there is one: they are moved together."""
-        beside = [self.path.with_name(f"{self.path.name}.data")]
+        name = self.metadata.facts.get("external data")  # an ONNX file names it, an OpenVINO file does not
+        beside = [self.path.with_name(name)] if name else []
         beside += [self.path.with_suffix(".bin")] if self.path.suffix == ".xml" else []
-        return (self.path, *(file for file in beside if file.exists()))
+        return (self.path, *beside)
 
     def report(self) -> dict[str, Any]:
         """Return what is known of the artefact, for tables: size, precision, layers, inputs, verification, versions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -13,13 +14,24 @@ from torchopt_passes.errors import ExportError
 
 __all__ = ["staged"]
 
+_SPACE = "free space or choose a folder on another disk"
+_RIGHTS = "make the folder writable or choose another"
+_WAYS_OUT = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: "choose a folder on another disk",
+}
+
 
 @contextmanager
 def staged(path: Path) -> Generator[Path]:
     """Yield a path of the same name in a fresh hidden folder beside `path`; on success its files move into place.
 
     The folder lies on the same disk, so that the move is atomic; it is removed whatever happens. One that a killed
-    process left is removed by the next export of the same name.
+    process left is removed by the next export of the same name. Where the file that is replaced had its weights in a
+    second one (``.onnx.data``, ``.bin``), that goes with it, and both are put back when a move fails.
 
     Args:
         path: where the file will be; it is replaced when it exists.
@@ -35,16 +47,49 @@ def staged(path: Path) -> Generator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", dir=path.parent))
     except OSError as error:
-        raise ExportError(f"cannot write into {str(path.parent)!r}: {error.strerror}") from error
+        advice = _way_out(error)
+        raise ExportError(f"cannot write into {str(path.parent)!r}: {error.strerror}: {advice}") from error
     try:
         yield folder / path.name
-        # the file itself last: whoever sees it finds what it refers to (external data) in place
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-            os.replace(file, path.parent / file.name)
+        _move_in(folder, path)
     except OSError as error:
-        raise ExportError(f"writing {str(path)!r} failed: {error}") from error
+        raise ExportError(f"writing {str(path)!r} failed: {error}. Nothing was changed: {_way_out(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_in(folder: Path, path: Path) -> None:
+    """Move the files of a folder to where `path` is, and what they replace out of the way, or change nothing."""
+    # the file itself last: whoever sees it finds what it refers to in place
+    new = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
+    beside = {path.parent / file.name for file in new if file.name != path.name}
+    stale = _companions(path) - beside if path.exists() else set[Path]()
+    attic = folder / ".replaced"
+    attic.mkdir()
+    try:
+        for place in beside | stale:
+            if place.exists():
+                os.replace(place, attic / place.name)
+        for file in new:
+            os.replace(file, path.parent / file.name)
+    except BaseException:
+        if (folder / path.name).exists():  # else all is done
+            for file in new:
+                if not file.exists():
+                    (path.parent / file.name).unlink()
+            for file in attic.iterdir():
+                os.replace(file, path.parent / file.name)
+        raise
+
+
+def _companions(path: Path) -> set[Path]:
+    """Return where an artefact may have put its weights."""
+    beside = {".onnx": path.with_name(f"{path.name}.data"), ".xml": path.with_suffix(".bin")}
+    return {beside[path.suffix]} if path.suffix in beside else set()
+
+
+def _way_out(error: OSError) -> str:
+    return _WAYS_OUT.get(error.errno or 0, "choose another folder")
 
 
 def _remove_stale(path: Path) -> None:

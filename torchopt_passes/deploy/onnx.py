@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +12,15 @@ import torch
 
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.metadata import KEY, Metadata
-from torchopt_passes.deploy.onnx_graph import feeds, layer_values, to_onnx
+from torchopt_passes.deploy.onnx_graph import feeds, first_apart, layer_values, save_onnx
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.errors import ConfigError, ExportError
-from torchopt_passes.graph.verify import relative_error
 
 __all__ = ["OnnxTarget", "open_in_onnx_runtime"]
 
-_TWO_GB = 2**31 - 2**20  # what a protobuf can hold, less room for the graph
+_CHECKSUM = f"{KEY}.sha256"
+# stands where the SHA-256 of the file will be, while that is computed
+_NO_DIGEST = hashlib.sha256(_CHECKSUM.encode()).hexdigest()
 
 
 class OnnxTarget(Target):
@@ -54,35 +56,43 @@ class OnnxTarget(Target):
         """Write the file, run the ONNX checker on it, and say which kernels the runtime chose."""
         import onnx
 
-        written = to_onnx(program, self.opset)
-        sizes = [t.numel() * t.element_size() for t in program.exported.state_dict.values()]
-        external = self.external_data or sum(sizes) > _TWO_GB
-        written.save(str(path), external_data=external)
+        save_onnx(program, self.opset, path, external_data=self.external_data)
         onnx.checker.check_model(str(path), full_check=True)
-        return {"opset": str(self.opset), "kernels": _kernels(path)}
+        data = path.with_name(f"{path.name}.data")
+        facts = {"opset": str(self.opset), "kernels": _kernels(path)}
+        return facts | ({"external data": data.name} if data.exists() else {})
 
     def stamp(self, path: Path, metadata: Metadata) -> None:
-        """Put the metadata into the model's ``metadata_props``."""
+        """Put the metadata and a checksum into the model's ``metadata_props``."""
         import onnx
 
         model = onnx.load(str(path), load_external_data=False)
-        onnx.helper.set_model_props(model, {KEY: metadata.to_json()})
-        onnx.save(model, str(path))
+        onnx.helper.set_model_props(model, {KEY: metadata.to_json(), _CHECKSUM: _NO_DIGEST})
+        written = model.SerializeToString()
+        digest = _digest(written, path, metadata)
+        path.write_bytes(written.replace(_NO_DIGEST.encode(), digest.encode()))
 
     @classmethod
     def read_metadata(cls, path: Path) -> Metadata:
-        """Read ``metadata_props``; see `Target.read_metadata`."""
+        """Read ``metadata_props``, and check the checksum; see `Target.read_metadata`."""
         import onnx
         from google.protobuf.message import DecodeError
 
         try:
-            model = onnx.load(str(path), load_external_data=False)
-        except DecodeError as error:
+            data = path.read_bytes()
+            props = {item.key: item.value for item in onnx.load_from_string(data).metadata_props}
+        except (DecodeError, UnicodeDecodeError) as error:
             raise ExportError(f"{path.name} is damaged or no ONNX file: {error}") from error
-        props = {item.key: item.value for item in model.metadata_props}
         if KEY not in props:
             raise ExportError(f"{path.name} was not written by torchopt_passes: open it with onnxruntime")
-        return Metadata.from_json(props[KEY])
+        metadata, digest = Metadata.from_json(props[KEY]), props.get(_CHECKSUM, "")
+        if not digest or digest != _digest(data.replace(digest.encode(), _NO_DIGEST.encode()), path, metadata):
+            both = metadata.facts.get("external data", "")
+            raise ExportError(
+                f"{path.name}{f' or {both}' if both else ''} is damaged: the checksum is another. Export it again, or "
+                "copy it again from where it came"
+            )
+        return metadata
 
     @classmethod
     def load(cls, path: Path, metadata: Metadata) -> Runner:
@@ -94,23 +104,38 @@ class OnnxTarget(Target):
         import onnx
 
         values, layers = layer_values(program, self.opset, inputs)
-        model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
+        model = onnx.load(str(path), load_external_data=False)
         known = {value.name for value in model.graph.output}
         order = [name for node in model.graph.node for name in node.output if layers.get(name) in values]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in order if name not in known)
-        session = _session(model.SerializeToString(), optimize=False)
-        found = dict(zip(order, session.run(order, feeds(session, inputs)), strict=True))
-        for name, array in found.items():
-            # integers as numbers: one that is rounded the other way is a small error too
-            error = relative_error(torch.from_numpy(array.copy()).double(), values[layers[name]].cpu().double())
-            if error > tolerance:
-                return f"first layer that differs: {layers[name]} (error {error:.1e})"
-        return "every layer agrees without graph optimizations: the difference comes from the runtime's fusions"
+        draft = path.with_name("layers.onnx")  # beside the data that both refer to
+        try:
+            onnx.save(model, str(draft))
+            session = _session(draft, optimize=False)
+            found = session.run(order, feeds(session, inputs))
+        finally:
+            draft.unlink(missing_ok=True)
+        where = first_apart(zip(order, found, strict=True), values, layers, tolerance)
+        return (
+            where or "every layer agrees without graph optimizations: the difference comes from the runtime's fusions"
+        )
+
+
+def _digest(written: bytes, path: Path, metadata: Metadata) -> str:
+    """Return the SHA-256 of a file, given without its checksum, and of the external data that it names."""
+    digest = hashlib.sha256(written)
+    if name := metadata.facts.get("external data"):
+        data = path.with_name(Path(name).name)
+        if not data.is_file():
+            raise ExportError(f"{data.name} is missing: it holds the weights of {path.name} and belongs beside it")
+        with data.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def open_in_onnx_runtime(path: Path, metadata: Metadata, *, optimize: bool = True) -> Runner:
     """Open a file in ONNX Runtime; without graph optimizations every operation runs as the file has it."""
-    return _Session(_session(str(path), optimize=optimize), metadata)
+    return _Session(_session(path, optimize=optimize), metadata)
 
 
 class _Session:
@@ -126,7 +151,7 @@ class _Session:
         return [torch.from_numpy(array).to(device) for array in arrays]
 
 
-def _session(model: Any, *, optimize: bool = True, save_to: Path | None = None) -> Any:
+def _session(path: Path, *, optimize: bool = True, save_to: Path | None = None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -139,9 +164,13 @@ def _session(model: Any, *, optimize: bool = True, save_to: Path | None = None) 
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
+        # more than 2 GB fit into no file
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{save_to.name}.data"
+        )
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [name for name in wanted if name in ort.get_available_providers()]
-    return ort.InferenceSession(model, options, providers=providers)
+    return ort.InferenceSession(str(path), options, providers=providers)
 
 
 def _kernels(path: Path) -> str:
@@ -150,7 +179,7 @@ def _kernels(path: Path) -> str:
 
     optimized = path.with_name("optimized.onnx")
     try:
-        _session(str(path), save_to=optimized)
+        _session(path, save_to=optimized)
         nodes = onnx.load(str(optimized), load_external_data=False).graph.node
     finally:
         for file in optimized.parent.glob("optimized.onnx*"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,28 @@ from torch import fx
 
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.errors import ExportError
+from torchopt_passes.graph.verify import relative_error
 
-__all__ = ["feeds", "layer_values", "to_onnx"]
+__all__ = ["feeds", "first_apart", "layer_values", "save_onnx", "to_onnx"]
+
+_TWO_GB = 2**31 - 2**20  # what a protobuf can hold, less room for the graph
+
+
+def save_onnx(program: Program, opset: int, path: Path, *, external_data: bool = False) -> None:
+    """Write a program as an ONNX file, with its weights in ``<name>.data`` beside it where they need more than 2 GB.
+
+    Args:
+        program: what is deployed.
+        opset: of the ONNX standard.
+        path: of the file.
+        external_data: write the second file for smaller weights too.
+
+    Raises:
+        ExportError: the exporter gives nothing.
+    """
+    tensors = [*program.exported.state_dict.values(), *program.exported.constants.values()]
+    size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    to_onnx(program, opset).save(str(path), external_data=external_data or size > _TWO_GB)
 
 
 def to_onnx(program: Program, opset: int) -> Any:
@@ -66,6 +87,26 @@ def layer_values(
     layers = {name: name for name in recorder.record}
     layers |= {spec.name: node.name for spec, node in zip(program.outputs, end.args[0], strict=True)}
     return recorder.record, layers
+
+
+def first_apart(
+    found: Iterable[tuple[str, Any]], values: dict[str, torch.Tensor], layers: dict[str, str], tolerance: float
+) -> str:
+    """Return the first layer whose value in a runtime is not torch's, or ``""``.
+
+    Args:
+        found: name in the ONNX graph and the runtime's value, an array, in the order of computation.
+        values: torch's, by name of the layer.
+        layers: name in the ONNX graph -> name of the layer.
+        tolerance: the largest relative error of a value.
+    """
+    for name, array in found:
+        # integers as numbers: one that is rounded the other way is a small error too
+        value = torch.from_numpy(array.copy())
+        error = relative_error(value.double(), values[layers[name]].cpu().double())
+        if error > tolerance:
+            return f"first layer that differs: {layers[name]} (error {error:.1e})"
+    return ""
 
 
 def _tidy(graph: Any, program: Program) -> None:

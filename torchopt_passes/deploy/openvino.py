@@ -12,11 +12,10 @@ import torch
 
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.metadata import KEY, Metadata
-from torchopt_passes.deploy.onnx_graph import layer_values, to_onnx
+from torchopt_passes.deploy.onnx_graph import first_apart, layer_values, save_onnx
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.deploy.verify import DEFAULT_TOLERANCE
 from torchopt_passes.errors import ExportError
-from torchopt_passes.graph.verify import relative_error
 
 __all__ = ["OpenVinoTarget"]
 
@@ -68,12 +67,13 @@ class OpenVinoTarget(Target):
             )
         draft = path.with_name("draft.onnx")
         try:
-            to_onnx(program, _OPSET).save(str(draft))
+            save_onnx(program, _OPSET, draft)
             model = openvino.convert_model(str(draft))
+            # its weights may still be those of the draft, mapped into memory
+            openvino.save_model(model, str(path), compress_to_fp16=self.weights == "float16")
         finally:
             for file in draft.parent.glob("draft.onnx*"):
                 file.unlink()
-        openvino.save_model(model, str(path), compress_to_fp16=self.weights == "float16")
         facts = {"computed in": self.precision, "runtime device": self.device, "sha256": _digest(path)}
         compiled = _compile(_read(path), self.precision, self.device)
         return facts | {"kernels": _kernels(compiled)} | ({"weights": "float16"} if self.weights == "float16" else {})
@@ -120,13 +120,9 @@ class OpenVinoTarget(Target):
         for output, name in zip(outputs, names, strict=True):
             output.get_tensor().add_names({f"layer {name}"})
         found = _compile(model, self.precision, self.device)(_arrays(inputs))
-        for name in names:
-            # integers as numbers: one that is rounded the other way is a small error too
-            value = torch.from_numpy(found[f"layer {name}"].copy())
-            error = relative_error(value.double(), values[layers[name]].cpu().double())
-            if error > tolerance:
-                return f"first layer that differs: {layers[name]} (error {error:.1e})"
-        return "every layer agrees by itself: the difference comes from the runtime's fusions"
+        pairs = ((name, found[f"layer {name}"]) for name in names)
+        where = first_apart(pairs, values, layers, tolerance)
+        return where or "every layer agrees by itself: the difference comes from the runtime's fusions"
 
 
 class _Compiled:
