@@ -23,14 +23,17 @@ from tests.callbacks.loops import (
     narrow_net,
     quantized_net,
     ragged_tokens,
+    still_net,
     tiny_bert,
 )
 from torchopt_passes import callbacks
 from torchopt_passes.callbacks import (
     DIST,
+    FSP,
     RKD,
     SET,
     AddEarlyExits,
+    AttentionRelations,
     AttentionTransfer,
     AveragedWeights,
     BatchNormSlimming,
@@ -159,6 +162,17 @@ CASES: dict[str, Case] = {
         data=images,
         extra_state=("weight_mask", "weight_dense", "weight_scores"),
     ),
+    "GradualPruning-taylor": Case(
+        make=lambda: GradualPruning(criterion="taylor", pattern="2:4", start=1, end=5, every=1),
+        extra_state=("weight_mask", "weight_scores"),
+    ),
+    "GradualPruning-snip": Case(
+        make=lambda: GradualPruning(sparsity=0.6, criterion="snip", start=1, end=5, every=1),
+        model=bare_net,
+        plain=bare_net,
+        data=images,
+        extra_state=("weight_mask", "weight_scores"),
+    ),
     "SoftMovementPruning": Case(
         make=lambda: SoftMovementPruning(threshold=0.45, penalty=50.0, score_lr=0.1, start=1, end=5, every=1),
         model=bare_net,
@@ -240,7 +254,12 @@ CASES: dict[str, Case] = {
 }
 
 CASES |= {
-    "BatchNormSlimming": Case(make=lambda: BatchNormSlimming(strength=1.0), model=captured_net, data=images),
+    "BatchNormSlimming": Case(
+        make=lambda: BatchNormSlimming(strength=1.0, example_inputs=collate(images(2))),
+        model=still_net,
+        plain=still_net,
+        data=images,
+    ),
     "BatchNormSlimming-captured": Case(
         make=lambda: BatchNormSlimming(strength=1.0, form="gradient"), model=captured_net, data=images
     ),
@@ -359,15 +378,18 @@ CASES |= {
                 Hint(layers={LAYER: "bert.encoder.layer.1"}, normalized=True),
                 Cosine(layers=("bert.embeddings",), pool="mean"),
                 ValueRelations(heads=2, layers=(f"{LAYER}.attention.self",)),
+                AttentionRelations(heads=2, layers=(f"{LAYER}.attention.self",)),
             ],
         ),
         model=tiny_student,
         extra_state=("projectors.0.weight", "projectors.0.bias", "projectors.1.weight", "projectors.1.bias"),
     ),
     "Distillation-batches": Case(
-        make=lambda: Distillation(conv_net(seed=7), losses=["dist", RKD(layers=("conv",))]),
+        make=lambda: Distillation(
+            conv_net(seed=7), losses=["dist", RKD(layers=("conv",)), FSP(layers=("conv", "bn"))], **UNITS
+        ),
         # relations between the examples of a batch, by their nature
-        settled=lambda: Distillation(conv_net(seed=7), losses=[DIST(gamma=0.0)]),
+        settled=lambda: Distillation(conv_net(seed=7), losses=[DIST(gamma=0.0), FSP(layers=("conv", "bn"))], **UNITS),
         model=bare_net,
         data=images,
         plain=bare_net,
@@ -401,6 +423,9 @@ CASES |= {
 
 ONE_OF_A_CLASS = {name: case for name, case in CASES.items() if "-" not in name}
 """Without variants, for which the same code runs: where a case starts processes of its own."""
+
+WITH_PROJECTORS = ONE_OF_A_CLASS | {"Distillation-features": CASES["Distillation-features"]}
+"""And what a distillation brings, which others do not."""
 
 
 def exported() -> set[str]:

@@ -84,6 +84,20 @@ def bare_net(dropout: float = 0.0) -> nn.Module:
     return net
 
 
+class StillNorm(nn.BatchNorm2d):
+    """A batch norm that keeps its statistics, so that the examples of a micro-batch do not see each other."""
+
+    def train(self, mode: bool = True) -> StillNorm:
+        return super().train(False)
+
+
+def still_net(dropout: float = 0.0) -> nn.Module:
+    """A `ConvNet` whose batch norm is a scale and a shift."""
+    net = conv_net(dropout)
+    net.bn = StillNorm(8).eval()
+    return net
+
+
 def captured_net(dropout: float = 0.0) -> CapturedModule:
     """The graph of a `ConvNet`."""
     return copy.deepcopy(_captured_once(dropout))

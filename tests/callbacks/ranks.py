@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.data import DataLoader
 from transformers.models.bert.modeling_bert import BertLayer
 
-from tests.callbacks.cases import CASES, ONE_OF_A_CLASS, Case
+from tests.callbacks.cases import CASES, ONE_OF_A_CLASS, WITH_PROJECTORS, Case
 from tests.callbacks.loops import (
     Example,
+    FirstGradient,
     captured_net,
     collate,
     images,
@@ -38,6 +39,7 @@ from tests.callbacks.loops import (
 )
 from tests.callbacks.other_loops import micro_batches
 from tests.callbacks.test_owned import Probe
+from tests.callbacks.test_trainer import HEADS
 from torchopt_passes.callbacks import (
     Distillation,
     GradualPruning,
@@ -53,10 +55,10 @@ from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.quantization import Calibrate, InsertFakeQuant
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 
-# projectors too
-RANKED = ONE_OF_A_CLASS | {"Distillation-features": CASES["Distillation-features"]}
+RANKED = WITH_PROJECTORS
 BATCH, STEPS, RATE = 8, 6, 0.1
 DATA = ragged_tokens(16)
+CAUSAL = ("uses", "uses, GPT-2")
 SCORES = {"a": (5, 7), "b": (4,), "c": (3, 4, 2), "d": (1, 9)}
 SCORE_TYPES = (torch.float32, torch.bfloat16, torch.float64)
 SPARSITIES = (0.0, 0.02, 0.3, 0.5, 0.77, 0.99, 1.0)
@@ -311,16 +313,64 @@ def distributed_state(model: nn.Module, optimizer: torch.optim.Optimizer, sessio
     return {"model": weights, "optimizer": moments, "session": session}
 
 
+CHECKPOINTED: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], torch.optim.Optimizer]]] = {
+    "magnitude, SGD": (CASES["GradualPruning"].make, lambda m: torch.optim.SGD(m.parameters(), lr=RATE, momentum=0.5)),
+    # eps: the gradient of the keys' bias is rounding, and would be a direction
+    "movement, Adam": (
+        lambda: GradualPruning(sparsity=0.6, criterion="movement", start=1, end=5, every=1),
+        lambda m: torch.optim.Adam(m.parameters(), lr=0.01, eps=1e-3),
+    ),
+}
+"""What is saved on two ranks and loaded in one process: callback and optimizer."""
+
+
+def _distributed_checkpoint(name: str) -> Job:
+    make, optimizer_of = CHECKPOINTED[name]
+
+    def job(folder: Path) -> Any:
+        """Three steps of FSDP2; one process goes on from its checkpoint."""
+        model = tiny_bert()
+        fully_shard(model.train())
+        optimizer = optimizer_of(model)
+        with attach(model, optimizer, [make()], total_steps=STEPS) as session:
+            step_by_step(model, optimizer, DATA, range(STEPS // 2))
+            checkpoint.save(distributed_state(model, optimizer, session), checkpoint_id=folder / "checkpoint")
+            return gathered(model.state_dict())
+
+    return job
+
+
+for name in CHECKPOINTED:
+    JOBS[f"checkpoint {name}"] = _distributed_checkpoint(name)
+
+
 @_job
-def distributed_checkpoint(folder: Path) -> Any:
-    """Three steps of FSDP2; one process goes on from its checkpoint."""
-    case, model = CASES["GradualPruning"], tiny_bert()
-    fully_shard(model.train())
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.5)
-    with attach(model, optimizer, [case.make()], total_steps=STEPS) as session:
-        step_by_step(model, optimizer, case.data(16), range(STEPS // 2))
-        checkpoint.save(distributed_state(model, optimizer, session), checkpoint_id=folder.parent / "checkpoint")
-        return gathered(model.state_dict())
+def causal_heads(folder: Path) -> Any:
+    """The first gradient of heads that use the count of labels, which they shift by one place."""
+    found: dict[str, torch.Tensor] = {}
+    for head in CAUSAL:
+        build, make_data = HEADS[head]
+        for accumulate in (1, 4):
+            first, data = FirstGradient(), make_data(BATCH)
+            callbacks = [Distillation(build(seed=7), alpha=0.4), first]
+            options = {"batch": BATCH // 2, "accumulate": accumulate, "ddp_backend": "gloo"}
+            make_trainer(build(), data, folder, callbacks, **options).train()
+            found |= {f"{head} {accumulate} {i}": gradient for i, gradient in enumerate(first.gradient)}
+    return found
+
+
+@_job
+def resumed(folder: Path) -> Any:
+    """The Trainer goes on from a checkpoint of both ranks: random numbers are those of each rank."""
+    found: dict[str, torch.Tensor] = {}
+    for run, start in (("straight", None), ("resumed", folder / "straight" / f"checkpoint-{STEPS // 2}")):
+        model = tiny_bert(dropout=0.1)
+        callbacks = [CASES["GradualPruning"].make(), CASES["Distillation"].make()]
+        saving = {"save_strategy": "steps", "save_steps": STEPS // 2, "ddp_backend": "gloo"}
+        trainer = make_trainer(model, DATA, folder / run, callbacks, batch=BATCH // 2, steps=STEPS, **saving)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        found |= {f"{run} {name}": value for name, value in model.state_dict().items()}
+    return found
 
 
 @_job

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.callbacks.cases import ONE_OF_A_CLASS
+from tests.callbacks.cases import WITH_PROJECTORS
 from tests.callbacks.kills import differences
 
 KILLS = 1  # benchmarks/resume.py kills each 20 times
@@ -23,7 +23,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     folder = tmp_path_factory.mktemp("kills")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.kills", str(folder), str(KILLS), *ONE_OF_A_CLASS],
+        [sys.executable, "-m", "tests.callbacks.kills", str(folder), str(KILLS), *WITH_PROJECTORS],
         env=environment,
         capture_output=True,
         text=True,
@@ -34,7 +34,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     return folder, json.loads((folder / "kills.json").read_text())
 
 
-@pytest.mark.parametrize("name", ONE_OF_A_CLASS)
+@pytest.mark.parametrize("name", WITH_PROJECTORS)
 def test_a_killed_run_resumes_bit_for_bit(name: str, killed: tuple[Path, dict[str, list[dict[str, Any]]]]) -> None:
     rows = killed[1][name]
     assert [row["recipe"] for row in rows] == [True]

@@ -48,10 +48,10 @@ def test_bfloat16_distills_as_float32_does(tmp_path: Path) -> None:
         assert relative_difference(gradient(bf16=True, accumulate=accumulate), gradient(bf16=True)) < 0.02
 
 
-@pytest.mark.parametrize("name", ON_BERT)
+@pytest.mark.parametrize("name", ONE_OF_A_CLASS)
 def test_bfloat16_trains_with_every_callback(name: str, tmp_path: Path) -> None:
     """Weights, masks and gates stay in float32 and bool; a resumed run is the straight one, bit for bit."""
-    case = ON_BERT[name]
+    case = ONE_OF_A_CLASS[name]
     straight, resumed = case.model(0.0), case.model(0.0)
     saving = {"save_strategy": "steps", "save_steps": 3, "bf16": True}
     make_trainer(straight, case.data(24), tmp_path, [case.make()], **saving).train()

@@ -19,14 +19,23 @@ from torch.distributed.checkpoint.state_dict import set_state_dict
 
 from tests.callbacks import ranks
 from tests.callbacks.cases import CASES
-from tests.callbacks.loops import collate, images, quantized_net, tiny_bert, uncoupled
+from tests.callbacks.loops import (
+    collate,
+    images,
+    plain_gradient,
+    quantized_net,
+    relative_difference,
+    tiny_bert,
+    uncoupled,
+)
 from tests.callbacks.ranks import (
     ATTACHED_FIRST,
     BATCH,
     CALIBRATIONS,
+    CAUSAL,
+    CHECKPOINTED,
     DATA,
     RANKED,
-    RATE,
     SCORE_TYPES,
     SHARDED,
     SPARSITIES,
@@ -39,7 +48,8 @@ from tests.callbacks.ranks import (
     train_trainer,
 )
 from tests.callbacks.test_owned import Probe
-from torchopt_passes.callbacks import QuantizationSchedule, attach
+from tests.callbacks.test_trainer import HEADS
+from torchopt_passes.callbacks import Distillation, QuantizationSchedule, attach
 from torchopt_passes.functional.masks import removed_count
 from torchopt_passes.graph.quantization.fake_quantizer import fake_quantizers
 from torchopt_passes.ranks import checksum
@@ -47,8 +57,8 @@ from torchopt_passes.ranks import checksum
 State = dict[str, torch.Tensor]
 
 
-CHECKPOINT: list[Path] = []
-"""Where the ranks have written their distributed checkpoint."""
+FOLDER: list[Path] = []
+"""Where the ranks have written."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +76,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    CHECKPOINT.append(folder / "checkpoint")
+    FOLDER.append(folder)
     return torch.load(folder / "results.pt", weights_only=True)
 
 
@@ -119,21 +129,44 @@ def test_sharded_weights_are_pruned_as_whole_ones(name: str, found: dict[str, li
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(found: dict[str, list[Any]]) -> None:
-    half, case = both(found, "distributed_checkpoint"), CASES["GradualPruning"]
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(name: str, found: dict[str, list[Any]]) -> None:
+    half, (make, optimizer_of) = both(found, f"checkpoint {name}"), CHECKPOINTED[name]
     assert any(name.endswith("_mask") and not bool(mask.all()) for name, mask in half.items())
     model = tiny_bert().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.5)
-    with attach(model, optimizer, [case.make()], total_steps=STEPS) as session:
+    optimizer = optimizer_of(model)
+    with attach(model, optimizer, [make()], total_steps=STEPS) as session:
         state = distributed_state(model, optimizer, session)
-        checkpoint.load(state, checkpoint_id=CHECKPOINT[-1], no_dist=True)
+        folder = FOLDER[-1] / f"checkpoint {name}".replace(" ", "_") / "checkpoint"
+        checkpoint.load(state, checkpoint_id=folder, no_dist=True)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         assert session.step == STEPS // 2
         assert all(torch.equal(model.state_dict()[name], value) for name, value in half.items())
-        step_by_step(model, optimizer, case.data(16), range(STEPS // 2, STEPS))
-    straight = tiny_bert()
-    train_plain(straight, case.data(16), [case.make()], momentum=0.5)
+        step_by_step(model, optimizer, DATA, range(STEPS // 2, STEPS))
+    straight = tiny_bert().train()
+    optimizer = optimizer_of(straight)
+    with attach(straight, optimizer, [make()], total_steps=STEPS):
+        step_by_step(straight, optimizer, DATA, range(STEPS))
     assert_same(dict(model.state_dict()), dict(straight.state_dict()))
+
+
+@pytest.mark.parametrize("head", CAUSAL)
+def test_causal_heads_on_two_ranks_have_the_gradient_of_the_whole_batch(head: str, found: dict[str, list[Any]]) -> None:
+    build, make_data = HEADS[head]
+    expected = plain_gradient(build(), make_data(BATCH), [Distillation(build(seed=7), alpha=0.4)])
+    state = both(found, "causal_heads")
+    for accumulate in (1, 4):
+        gradient = [state[f"{head} {accumulate} {i}"] for i in range(len(expected))]
+        assert relative_difference(gradient, expected) < 1e-5, f"accumulation {accumulate}"
+
+
+def test_a_run_of_two_ranks_resumes_bit_for_bit(found: dict[str, list[Any]]) -> None:
+    state = both(found, "resumed")
+    straight = {name.removeprefix("straight "): v for name, v in state.items() if name.startswith("straight ")}
+    assert all(torch.equal(state[f"resumed {name}"], value) for name, value in straight.items())
+    assert len(state) == 2 * len(straight) > 0
+    share = float((straight["bert.encoder.layer.0.output.dense.weight"] == 0).float().mean())
+    assert share == pytest.approx(0.6, abs=0.01)
 
 
 def test_accelerate_on_two_ranks(found: dict[str, list[Any]]) -> None:
