@@ -76,8 +76,13 @@ def ranges_over_ranks(low: torch.Tensor, high: torch.Tensor, group: Any = None) 
     return both[0], -both[1]
 
 
-def mean_over_ranks(metrics: Mapping[str, float], group: Any = None) -> dict[str, float]:
+def mean_over_ranks(metrics: Mapping[str, float], group: Any = None, *, weight: float = 1.0) -> dict[str, float]:
     """Return each metric's mean over the ranks that have it; every rank must call it.
+
+    Args:
+        metrics: name -> value on this rank.
+        group: see `world_size`.
+        weight: of this rank, >= 0: how much its values are means over. If it is 0 on all ranks, they are equal.
 
     Example:
         >>> mean_over_ranks({"kd_loss": 0.5})
@@ -86,10 +91,13 @@ def mean_over_ranks(metrics: Mapping[str, float], group: Any = None) -> dict[str
     if world_size(group) == 1:
         return dict(metrics)
     gathered: list[Any] = [None] * world_size(group)
-    distributed.all_gather_object(gathered, dict(metrics), group=group)
-    names = dict.fromkeys(name for each in gathered for name in each)
-    values = {name: [each[name] for each in gathered if name in each] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items()}
+    distributed.all_gather_object(gathered, (dict(metrics), weight), group=group)
+    if not any(share for _, share in gathered):
+        gathered = [(each, 1.0) for each, _ in gathered]
+    names = dict.fromkeys(name for each, _ in gathered for name in each)
+    values = {name: [(each[name], share) for each, share in gathered if name in each] for name in names}
+    totals = {name: sum(share for _, share in found) for name, found in values.items()}
+    return {name: sum(v * share for v, share in found) / totals[name] for name, found in values.items() if totals[name]}
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:

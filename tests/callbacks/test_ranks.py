@@ -22,6 +22,7 @@ from tests.callbacks.cases import CASES
 from tests.callbacks.loops import (
     collate,
     images,
+    make_trainer,
     plain_gradient,
     quantized_net,
     relative_difference,
@@ -198,13 +199,20 @@ def test_checkpointed_activations_on_two_ranks(found: dict[str, list[Any]]) -> N
         assert_same(part, dict(model.state_dict()))
 
 
-def test_logged_metrics_are_means_over_the_ranks(found: dict[str, list[Any]]) -> None:
+def test_logged_metrics_are_means_over_the_labels_of_all_ranks(found: dict[str, list[Any]], tmp_path: Path) -> None:
+    logging = {"logging_strategy": "steps", "logging_steps": 1}
+    single = make_trainer(tiny_bert(), DATA, tmp_path, [Distillation(tiny_bert(seed=7))], steps=3, **logging)
+    single.train()
     first, second = found["metrics"]
     assert first["logged"] == second["logged"]
     assert len(first["logged"]) == 3
     for name in ("kd_loss", "ce_loss"):
-        expected = [(a[name] + b[name]) / 2 for a, b in zip(first["own"], second["own"], strict=False)][:3]
-        assert [entry[name] for entry in first["logged"]] == pytest.approx(expected)
+        pairs = list(zip(first["own"], second["own"], strict=False))[:3]
+        assert any(a["labels"] != b["labels"] for a, b in pairs)
+        means = [sum(r[name] * r["labels"] for r in pair) / sum(r["labels"] for r in pair) for pair in pairs]
+        assert [entry[name] for entry in first["logged"]] == pytest.approx(means)
+        alone = [entry[name] for entry in single.state.log_history if name in entry]
+        assert means == pytest.approx(alone, rel=1e-4)
     assert first["own"] != second["own"]
 
 

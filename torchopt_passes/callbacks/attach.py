@@ -14,6 +14,7 @@ from torchopt_passes.callbacks.lifecycle import Lifecycle, Progress
 from torchopt_passes.callbacks.optimizer_steps import after_each_step
 from torchopt_passes.callbacks.student import Student
 from torchopt_passes.errors import CallbackError
+from torchopt_passes.ranks import mean_over_ranks
 
 __all__ = ["Session", "attach"]
 
@@ -156,9 +157,17 @@ class Session:
         """Where training is."""
         return Progress(self.step, self.total_steps, self.steps_per_epoch)
 
-    def metrics(self) -> dict[str, float]:
-        """Return what the callbacks have to log, over the time since the last call, on this rank."""
-        return {name: value for callback in self.callbacks for name, value in callback.metrics().items()}
+    def metrics(self, *, over_ranks: bool = False) -> dict[str, float]:
+        """Return what the callbacks have to log, over the time since the last call.
+
+        Args:
+            over_ranks: means over all ranks, which must all call it; else of this rank.
+        """
+        found: dict[str, float] = {}
+        for callback in self.callbacks:
+            own = callback.metrics()  # before its weight
+            found |= mean_over_ranks(own, weight=callback.metrics_weight) if over_ranks else own
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside the model and the optimizer: the step."""

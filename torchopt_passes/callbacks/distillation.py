@@ -231,7 +231,7 @@ class Distillation(Callback):
         its name too, before its weight.
         """
         sums, self._sums = self._sums, {}
-        count = float(sums.pop("count", torch.tensor(0)))
+        count = self.metrics_weight = float(sums.pop("count", torch.tensor(0)))
         found = {name: float(total) / count for name, total in sums.items()} if count else {}
         for name, value in (("kd_alpha", self._alpha), ("kd_temperature", self._heat)):
             if isinstance(value, Scheduled):

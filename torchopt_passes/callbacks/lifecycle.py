@@ -138,6 +138,9 @@ class Lifecycle:
     changes_loss: ClassVar[bool] = False
     """Whether the callback has a `loss_term`: then a model that returns no loss is an error."""
 
+    metrics_weight: float = 1.0
+    """How much the last `metrics` are means over on this rank, such as labels: its weight in the means over ranks."""
+
     student: Student | None = None
     """The model the callback is installed on; set by the loop."""
 

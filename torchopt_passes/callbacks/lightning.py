@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torchopt_passes.callbacks.attach import Session
 from torchopt_passes.callbacks.lifecycle import Lifecycle
 from torchopt_passes.errors import CallbackError, MissingExtraError
-from torchopt_passes.ranks import mean_over_ranks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +77,7 @@ def lightning_callback(callbacks: Iterable[Lifecycle], *, student: str = "model"
             step = trainer.global_step
             if self.session is not None and step != self.logged and step % trainer.log_every_n_steps == 0:
                 self.logged = step
-                pl_module.log_dict(mean_over_ranks(self.session.metrics()))
+                pl_module.log_dict(self.session.metrics(over_ranks=True))
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             """Finish and remove."""

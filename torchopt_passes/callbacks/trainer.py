@@ -63,7 +63,10 @@ class TrainerEvents(Lifecycle):
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, Any], **kwargs: Any) -> None:
         """Add the metrics, means over the ranks, to the logs, for all that reads them, and to ``state.log_history``."""
-        if "loss" in logs and (metrics := mean_over_ranks(self.metrics())):
+        if "loss" not in logs:
+            return
+        own = self.metrics()  # before its weight
+        if metrics := mean_over_ranks(own, weight=self.metrics_weight):
             logs.update(metrics)
             state.log_history[-1].update(metrics)
 
