@@ -101,7 +101,7 @@ def test_labels_and_loss_are_left_out(exported: Exported, suffix: str) -> None:
     assert torch.equal(artifact(batch), artifact(batch["pixel_values"]))  # the whole batch, labels and all
 
 
-def test_the_source_is_untouched() -> None:
+def test_the_source_is_untouched(tmp_path: Any) -> None:
     module, inputs = get("resnet")
     module.train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -109,7 +109,7 @@ def test_the_source_is_untouched() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxTarget, "write", lambda *_: 1 / 0)
         with pytest.raises(Exception, match="cannot take"):
-            export(module, "/tmp/never.onnx", example_inputs=inputs)
+            export(module, tmp_path / "never.onnx", example_inputs=inputs)
     assert all(child.training for child in module.modules())
     assert torch.equal(random, torch.random.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())

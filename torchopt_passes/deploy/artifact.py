@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from torchopt_passes.deploy.base import Runner, find_target, target_types
+from torchopt_passes.deploy.base import Runner, find_target, load_file, target_types
 from torchopt_passes.deploy.benchmark import Benchmark, benchmark
 from torchopt_passes.deploy.calls import named_inputs, run_source
 from torchopt_passes.deploy.metadata import Metadata, problems
@@ -157,14 +157,15 @@ class Artifact:
 def open_artifact(path: str | Path) -> Artifact:
     """Open a file that `export` wrote, ready to run.
 
-    An ``.onnx`` file is data. A ``.pt2`` file of the inductor target is machine code: open only what you trust, as with
-    any program; its checksum tells damage, not malice. Nothing is unpickled from either.
+    Files of ``onnx``, ``tensorrt``, ``openvino`` and ``litert`` are data, and an ``executorch`` program is interpreted.
+    A ``.pt2`` file of ``inductor`` is machine code: open only what you trust, as with any program; checksums tell
+    damage, not malice. Nothing is unpickled from any.
 
     Args:
         path: of the file; it may have been moved or renamed.
 
     Raises:
-        ExportError: there is no such file, or it is damaged or not one of ours.
+        ExportError: there is no such file, it is damaged or not one of ours, or its runtime cannot open it.
         ConfigError: the suffix belongs to no target.
         MissingExtraError: its runtime is not installed.
 
@@ -184,7 +185,7 @@ def open_artifact(path: str | Path) -> Artifact:
     if written_for is None:
         raise ExportError(f"{path.name} was written for target {metadata.target!r}, which is not known here")
     written_for.require()
-    return Artifact(path, metadata, written_for.load(path, metadata))
+    return Artifact(path, metadata, load_file(written_for, path, metadata))
 
 
 def verified(metadata: Metadata, result: Verification) -> Metadata:

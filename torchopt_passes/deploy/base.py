@@ -12,12 +12,15 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import fx
 
+from torchopt_passes.deploy.calls import cause_of
 from torchopt_passes.deploy.metadata import Metadata
 from torchopt_passes.deploy.program import Program
-from torchopt_passes.errors import ConfigError, MissingExtraError
+from torchopt_passes.errors import ConfigError, ExportError, MissingExtraError, TorchOptError
 from torchopt_passes.graph.record import Record
 
-__all__ = ["Runner", "Target", "find_target", "make_target", "target_types", "targets"]
+__all__ = ["WAYS_OUT", "Runner", "Target", "find_target", "load_file", "make_target", "target_types", "targets"]
+
+WAYS_OUT = "Ways out: another target (`targets()` lists them), or the model without that operation"
 
 _MODULES = ("executorch", "inductor", "litert", "onnx", "openvino", "tensorrt")
 _TARGETS: dict[str, type[Target]] = {}
@@ -150,6 +153,24 @@ def find_target(path: Path, name: str | None = None) -> type[Target]:
     if path.suffix != found.suffix:
         raise ConfigError(f"{path.name!r}: files of target {found.name!r} end in {found.suffix!r}")
     return found
+
+
+def load_file(target: type[Target] | Target, path: Path, metadata: Metadata) -> Runner:
+    """Load a file, with one kind of error for all that may be wrong with a runtime.
+
+    Raises:
+        ExportError: the runtime cannot open it; says why, and what to do.
+    """
+    try:
+        return target.load(path, metadata)
+    except TorchOptError:
+        raise
+    except Exception as error:
+        again = f"install it again (pip install 'torchopt_passes[{target.extra}]')" if target.extra else "check torch"
+        raise ExportError(
+            f"the runtime of target {target.name!r} cannot open {path.name}: {cause_of(error)}. If it opens no file, "
+            f"{again}, or choose another target"
+        ) from error
 
 
 def make_target(path: Path, target: str | Target | None, options: dict[str, Any]) -> Target:

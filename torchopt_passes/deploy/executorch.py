@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from torchopt_passes._compat import executorch_threads
-from torchopt_passes.deploy.base import Runner, Target
+from torchopt_passes.deploy.base import WAYS_OUT, Runner, Target
 from torchopt_passes.deploy.calls import cause_of
 from torchopt_passes.deploy.first_layer import first_layer
 from torchopt_passes.deploy.grids import drop_identities, fold_static, make_signed
@@ -28,7 +28,10 @@ __all__ = ["ExecuTorchTarget"]
 
 # behind the program, where the runtime does not look: metadata, its length, SHA-256 of the program, our mark
 _MARK = KEY.encode()
-_ADVICE = ("", '. XNNPACK needs input, weight and output rounded: quantize with InsertFakeQuant(target="executorch")')
+_ADVICE = (
+    f". {WAYS_OUT}",
+    '. XNNPACK needs input, weight and output rounded: quantize with InsertFakeQuant(target="executorch")',
+)
 _TAIL = struct.Struct(f"<Q32s{len(_MARK)}s")
 
 
@@ -85,11 +88,12 @@ class ExecuTorchTarget(Target):
             with _quiet():
                 edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
                 kernels = _kernels(edge.exported_program().graph_module)
-                path.write_bytes(bytes(edge.to_executorch().buffer))
+                written = bytes(edge.to_executorch().buffer)
         except Exception as error:
             raise ExportError(
                 f"ExecuTorch cannot take {_where(error)}{_ADVICE[program.precision == 'int8']}"
             ) from error
+        path.write_bytes(written)
         return {"kernels": kernels} | (
             {"largest sizes": ", ".join(f"{n} {b}" for n, b in bounds.items())} if bounds else {}
         )

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from torchopt_passes.deploy.artifact import Artifact, verified
-from torchopt_passes.deploy.base import Runner, Target, make_target
+from torchopt_passes.deploy.base import WAYS_OUT, Runner, Target, load_file, make_target
 from torchopt_passes.deploy.calls import cause_of, resize_batch
 from torchopt_passes.deploy.cpu import saturates
-from torchopt_passes.deploy.files import staged
+from torchopt_passes.deploy.files import short_of_space, staged
 from torchopt_passes.deploy.metadata import Metadata, library_versions
+from torchopt_passes.deploy.metric import Metric, measured
 from torchopt_passes.deploy.program import Dynamic, Program, read_program
 from torchopt_passes.deploy.quantized import quantized
 from torchopt_passes.deploy.verify import Verification, beyond_noise, compare
@@ -39,6 +40,8 @@ def export(
     verify: bool = True,
     verify_inputs: Sequence[Any] = (),
     tolerance: float | None = None,
+    metric: Metric | None = None,
+    metric_drop: float | None = None,
     plan: Plan | None = None,
     note: str = "",
     quantization: Literal["int8"] | None = None,
@@ -53,7 +56,8 @@ def export(
     Args:
         module: an ``nn.Module``, a captured graph, or a graph converted to int8.
         path: of the file to write; replaced when it exists. Its folder must exist.
-        target: ``"inductor"`` (``.pt2``), ``"onnx"`` (``.onnx``), or one with options, such as
+        target: ``"onnx"`` (``.onnx``), ``"tensorrt"`` (``.onnx`` too), ``"openvino"`` (``.xml``), ``"litert"``
+            (``.tflite``), ``"executorch"`` (``.pte``), ``"inductor"`` (``.pt2``), or one with options, such as
             ``OnnxTarget(opset=21)``; told from the suffix when left out (see `targets`).
         example_inputs: a call of the module: a tensor, a tuple of positional arguments, a dict of keyword arguments, or
             ``(args, kwargs)``. A captured graph remembers its own.
@@ -65,6 +69,10 @@ def export(
         tolerance: the largest error allowed: for float the largest relative error (1e-4 for float32), for int8 the
             relative norm ``||a - b|| / ||b||`` (0.03, an SQNR of 30 dB; more where the model's own roundings move it
             further, see `rounding_noise`).
+        metric: how good a model is by your own measure and data, higher is better: called with the file and with
+            `module`, each a function of the example inputs' form that returns what the artefact returns. Both figures
+            go into the report.
+        metric_drop: by how much the file may be worse than `module` by `metric`; not checked when left out.
         plan: the plan that made the model; its hash goes into the file.
         note: the user's own words that go into the file, say on preprocessing.
         quantization: ``"int8"`` quantizes a float model for the target on the way: weights and activations, after
@@ -76,11 +84,11 @@ def export(
         The artefact, loaded.
 
     Raises:
-        ConfigError: wrong options, example inputs or suffix.
+        ConfigError: wrong options, example inputs or suffix, or a metric that is no number.
         MissingExtraError: the target's runtime is not installed.
-        ExportError: the model cannot be exported or written; no file is left.
-        VerificationError: the file does not compute what the module computes; gives the figures and, where the runtime
-            can tell, the first layer that differs. No file is left.
+        ExportError: the model cannot be exported, written or opened; says what to do. No file is left.
+        VerificationError: the file does not compute what the module computes; gives the figures and, but for
+            ``inductor``, the first layer that differs. Or it is worse by `metric`. No file is left.
 
     Example:
         >>> artifact = export(model, "model.onnx", example_inputs=(x,))  # doctest: +SKIP
@@ -91,6 +99,9 @@ def export(
     chosen.require()
     if calibration is not None and quantization is None:
         raise ConfigError('calibration= is for quantization="int8"')
+    if metric_drop is not None and (metric is None or not metric_drop >= 0):
+        raise ConfigError(f"metric_drop is for metric=, and at least 0, not {metric_drop}")
+    original = module
     if quantization is not None:
         module = quantized(module, chosen.name, quantization, example_inputs, calibration)
     kept = tuple(outputs) if outputs is not None else None
@@ -100,7 +111,7 @@ def export(
             program = read_program(module, example_inputs, dynamic=sizes, outputs=kept, prepare=chosen.prepare)
             metadata = _metadata(chosen, program, plan, note)
             metadata = replace(metadata, facts=program.facts | _write(chosen, program, draft))
-            runner = chosen.load(draft, metadata)
+            runner = load_file(chosen, draft, metadata)
             if verify:
                 calls = [*_calls(program), *(as_call(inputs) for inputs in verify_inputs)]
                 metadata = verified(metadata, _verify(chosen, program, draft, runner, calls, tolerance))
@@ -113,6 +124,9 @@ def export(
                 raise
             metadata, runner = attempt(False)
             metadata = replace(metadata, facts=metadata.facts | {"sizes": f"fixed to those of the example: {error}"})
+        if metric is not None:
+            figures = measured(metric, metric_drop, original, metadata, runner)
+            metadata = replace(metadata, verification=metadata.verification | figures)
         chosen.stamp(draft, metadata)
         chosen.read_metadata(draft)
     return Artifact(path, metadata, runner)
@@ -126,7 +140,10 @@ def _write(target: Target, program: Program, path: Path) -> dict[str, str]:
         raise
     except Exception as error:
         name = type(program.source).__name__
-        raise ExportError(f"target {target.name!r} cannot take {name}: {cause_of(error)}") from error
+        size = sum(tensor.numel() * tensor.element_size() for tensor in program.exported.state_dict.values())
+        # the runtimes behind the ONNX and OpenVINO targets write drafts of the same size
+        advice = short_of_space(path.parent, 3 * size) or WAYS_OUT
+        raise ExportError(f"target {target.name!r} cannot take {name}: {cause_of(error)}. {advice}") from error
 
 
 def _calls(program: Program) -> list[Inputs]:
@@ -139,8 +156,16 @@ def _calls(program: Program) -> list[Inputs]:
 def _verify(
     target: Target, program: Program, path: Path, runner: Runner, calls: Sequence[Inputs], tolerance: float | None
 ) -> Verification:
+    try:
+        found = [runner(program.select(call)) for call in calls]
+    except (TorchOptError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"the {target.name} file does not run on the example inputs: {cause_of(error)}. {WAYS_OUT}"
+        ) from error
     result = compare(
-        [runner(program.select(call)) for call in calls],
+        found,
         [program.expected(call) for call in calls],
         precision=target.file_precision(program),
         tolerance=tolerance,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torchopt_passes.errors import ExportError
 
-__all__ = ["staged"]
+__all__ = ["short_of_space", "staged"]
 
 _SPACE = "free space or choose a folder on another disk"
 _RIGHTS = "make the folder writable or choose another"
@@ -56,6 +56,17 @@ def staged(path: Path) -> Generator[Path]:
         raise ExportError(f"writing {str(path)!r} failed: {error}. Nothing was changed: {_way_out(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def short_of_space(folder: Path, needed: int) -> str:
+    """Return what to do about a disk with fewer than `needed` bytes free, or ``""``: runtimes only say "failed".
+
+    Args:
+        folder: on that disk.
+        needed: bytes.
+    """
+    free = shutil.disk_usage(folder).free
+    return f"Only {free} bytes are free there, of up to {needed} needed: {_SPACE}" if free < needed else ""
 
 
 def _move_in(folder: Path, path: Path) -> None:

@@ -32,6 +32,8 @@ _CONVOLUTIONS = {
     torch.ops.aten.conv3d.default,
     torch.ops.aten.conv3d.padding,
 }
+_OWN_LIBRARIES = {"aten", "prim", "prims", "quantized_decomposed", "torchao"}
+_FOREIGN = "operations of other libraries"
 _MEMBER = f"extra/{KEY}.json"
 # everything a package of ours may hold; in particular no pickled weights or programs
 _ALLOWED = re.compile(
@@ -107,7 +109,9 @@ class InductorTarget(Target):
             members = {name: package.read(name) for name in package.namelist() if _ALLOWED.fullmatch(name)}
         raw.unlink()
         _write_package(path, members)
-        return {"kernels": _kernels(sources), "cpu": torch.backends.cpu.get_cpu_capability(), "sha256": _digest(path)}
+        foreign = ", ".join(_foreign(program.exported.graph))
+        facts = {"kernels": _kernels(sources), "cpu": torch.backends.cpu.get_cpu_capability(), "sha256": _digest(path)}
+        return facts | ({_FOREIGN: foreign} if foreign else {})
 
     def stamp(self, path: Path, metadata: Metadata) -> None:
         """Add the metadata as an extra file of the package."""
@@ -135,6 +139,8 @@ class InductorTarget(Target):
     @classmethod
     def load(cls, path: Path, metadata: Metadata) -> Runner:
         """Load the machine code, after checking that this machine can run it."""
+        if missing := [name for name in metadata.facts.get(_FOREIGN, "").split(", ") if not _registered(name)]:
+            raise ExportError(f"{path.name} calls {missing}, which no library has registered here: import it first")
         levels = ["DEFAULT", "NO AVX", "AVX2", "AVX512"]
         wanted, here = metadata.facts.get("cpu", ""), torch.backends.cpu.get_cpu_capability()
         if wanted != here and not (wanted in levels and here in levels and levels.index(wanted) <= levels.index(here)):
@@ -153,6 +159,17 @@ class _Package:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         with torch.no_grad():
             return list(self._model(*(value.detach().contiguous() for value in inputs)))
+
+
+def _foreign(graph: fx.Graph) -> list[str]:
+    """Return the operations that are not compiled into a package: it calls what a library has registered."""
+    called = {node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return sorted(f"{op.namespace}.{op._opname}" for op in called if op.namespace not in _OWN_LIBRARIES)
+
+
+def _registered(name: str) -> bool:
+    library, _, operation = name.partition(".")
+    return not library or hasattr(getattr(torch.ops, library), operation)
 
 
 def _weight_of_one_channel(graph_module: fx.GraphModule, node: fx.Node) -> str:

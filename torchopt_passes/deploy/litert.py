@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from torchopt_passes.deploy.base import Runner, Target
+from torchopt_passes.deploy.base import WAYS_OUT, Runner, Target
 from torchopt_passes.deploy.calls import cause_of
 from torchopt_passes.deploy.first_layer import first_layer
 from torchopt_passes.deploy.grids import drop_identities, fold_static, make_signed, unfold_weights
@@ -244,7 +244,7 @@ def _convert(program: Program) -> bytes:
             )
             return bytes(converted.model_content())
     except Exception as error:
-        raise ExportError(f"litert_torch cannot convert {_where(error)}") from error
+        raise ExportError(f"litert_torch cannot convert {_where(error)}. {WAYS_OUT}") from error
 
 
 def _check_open_ranges(program: Program) -> None:
