@@ -163,8 +163,8 @@ class _Package:
 
 def _foreign(graph: fx.Graph) -> list[str]:
     """Return the operations that are not compiled into a package: it calls what a library has registered."""
-    called = {node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-    return sorted(f"{op.namespace}.{op._opname}" for op in called if op.namespace not in _OWN_LIBRARIES)
+    called = [node.target for node in graph.nodes if hasattr(node.target, "namespace")]
+    return sorted({str(op).rpartition(".")[0] for op in called if op.namespace not in _OWN_LIBRARIES})
 
 
 def _registered(name: str) -> bool:
