@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -234,3 +236,29 @@ def test_corruption_is_an_error(tmp_path: Path) -> None:
             TeacherCache(tmp_path)
     manifest.write_text(text)
     TeacherCache(tmp_path).verify()
+
+
+def test_a_cache_knows_its_tokenizer(tmp_path: Path) -> None:
+    """By its vocabulary: in which order a tokenizer lists it, and what class it has, do not matter."""
+    table = {f"t{number}": number for number in range(50)}
+    same = SimpleNamespace(get_vocab=lambda: dict(reversed(table.items())))
+    teachers, other = (
+        SimpleNamespace(get_vocab=lambda vocabulary=vocabulary: vocabulary)
+        for vocabulary in (table, table | {"t3": 4, "t4": 3})
+    )
+    teacher, data = llama(7, 32), texts(4)
+    cache = cache_teacher(teacher, batches(data), tmp_path / "a", top_k=8, tokenizer=teachers)
+    assert cache.info.tokenizer == sha256(json.dumps(sorted(table.items())).encode()).hexdigest()
+    _, checked = loss_with(llama(0), Distillation(cache, tokenizers=same), batch_of(data))
+    _, unchecked = loss_with(llama(0), Distillation(cache), batch_of(data))
+    assert checked == unchecked
+    for given in (other, (other, other)):
+        with pytest.raises(CallbackError, match="with 50 tokens is not the one that the teacher's cache was made with"):
+            Distillation(cache, tokenizers=given)
+    with pytest.raises(ConfigError, match="another teacher or with other options: tokenizer"):
+        cache_teacher(teacher, batches(texts(8)), tmp_path / "a", top_k=8, tokenizer=other)
+    silent = cache_teacher(teacher, batches(data), tmp_path / "b", top_k=8)
+    Distillation(silent, tokenizers=(same, teachers))
+    for nothing in (silent, teacher):
+        with pytest.raises(ConfigError, match="the student's alone, and no teacher's to compare it with"):
+            Distillation(nothing, tokenizers=same)

@@ -13,11 +13,12 @@ from torch.nn.functional import cross_entropy
 from torchopt_passes.callbacks import outputs
 from torchopt_passes.callbacks.base import Callback
 from torchopt_passes.callbacks.distill.base import DistillationLoss, LogitLoss, Match, make_losses
+from torchopt_passes.callbacks.distill.cache_source import CacheSource
 from torchopt_passes.callbacks.distill.logit_losses import SoftTargets
 from torchopt_passes.callbacks.distill.predictions import KeptLogits, Predictions
 from torchopt_passes.callbacks.distill.sources import make_sources
 from torchopt_passes.callbacks.distill.teaching import Teaching
-from torchopt_passes.callbacks.distill.vocabulary import check_tokenizers
+from torchopt_passes.callbacks.distill.vocabulary import compare_tokenizers
 from torchopt_passes.callbacks.items import IGNORE_INDEX, count_labels, shifts_labels
 from torchopt_passes.callbacks.lifecycle import LossTerm, Progress
 from torchopt_passes.callbacks.scheduled import Scheduled, read_scheduled, value_at, values_of
@@ -58,6 +59,7 @@ class Distillation(Callback):
         kept: the plan, or plans in order, that made the student of this teacher: its channels are compared with the
             teacher's that stayed, and no projector is needed.
         tokenizers: those of student and teacher, to refuse different ones; logits beyond their vocabulary are left out.
+            The student's alone where the teacher is a `TeacherCache` that was made with ``tokenizer=``.
         example_inputs: one batch, run once when the callback is installed, where the widths of layers cannot be read
             off the models.
 
@@ -121,7 +123,8 @@ class Distillation(Callback):
                 f"temperature cannot be scheduled: the cache keeps the rest of the classes at temperatures "
                 f"{list(fixed)} alone"
             )
-        self._classes = None if self.tokenizers is None else check_tokenizers(*self.tokenizers)
+        recorded = [source.tokenizer for source in self._sources if isinstance(source, CacheSource)]
+        self._classes = None if self.tokenizers is None else compare_tokenizers(self.tokenizers, recorded)
         self._teaching = Teaching(
             self._sources,
             self._losses,

@@ -53,6 +53,7 @@ class CacheInfo(Record):
         index: the column that numbers the examples; empty where they are found by a hash of the inputs.
         columns: what is hashed.
         shards: the files: name, SHA-256, examples, positions.
+        tokenizer: checksum of the vocabulary that the inputs are written in; empty where none was given.
     """
 
     teacher: str
@@ -64,6 +65,7 @@ class CacheInfo(Record):
     index: str
     columns: tuple[str, ...]
     shards: tuple[tuple[str, str, int, int], ...] = field(default=())
+    tokenizer: str = ""
 
     error_class: ClassVar[type[TorchOptError]] = ConfigError
 

@@ -32,6 +32,11 @@ class CacheSource(Source):
             self.temperatures = cache.info.temperatures
 
     @property
+    def tokenizer(self) -> str:
+        """Checksum of the vocabulary that the cache was made with; empty where it does not say."""
+        return self._cache.info.tokenizer
+
+    @property
     def hides(self) -> Callable[[nn.Module, Mapping[str, Any]], Iterable[str]] | None:
         """The column of the examples' numbers, where the cache has them."""
         index = self._cache.info.index

@@ -21,6 +21,7 @@ from torchopt_passes.callbacks.distill.cache import (
 )
 from torchopt_passes.callbacks.distill.example_keys import example_keys, key_columns
 from torchopt_passes.callbacks.distill.inputs import to_model, token_mask
+from torchopt_passes.callbacks.distill.vocabulary import vocabulary_fingerprint
 from torchopt_passes.callbacks.student import unwrap
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.functional.top_k import keep_top_k
@@ -41,6 +42,7 @@ def cache_teacher(
     logits: str = "logits",
     index: str = "",
     shard_positions: int = 65_536,
+    tokenizer: Any = None,
 ) -> TeacherCache:
     """Run a teacher over batches and write its top-k logits to a folder; one that was broken off goes on.
 
@@ -57,6 +59,8 @@ def cache_teacher(
         index: the column that numbers the examples, where inputs are changed at random or expensive to hash; empty to
             find examples by a hash of their inputs.
         shard_positions: positions in one file.
+        tokenizer: the teacher's, of which a checksum is kept: ``Distillation(cache, tokenizers=student's)`` then
+            refuses another one.
 
     Returns:
         The cache.
@@ -94,6 +98,7 @@ def cache_teacher(
                         logits=logits,
                         index=index,
                         columns=() if index else columns,
+                        tokenizer="" if tokenizer is None else vocabulary_fingerprint(tokenizer),
                     )
                 )
                 for place in new:

@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import nn
 
-from torchopt_passes.errors import CallbackError
+from torchopt_passes.errors import CallbackError, ConfigError
 
-__all__ = ["check_classes", "check_tokenizers", "check_tokens"]
+__all__ = ["check_classes", "check_tokenizers", "check_tokens", "compare_tokenizers", "vocabulary_fingerprint"]
+
+
+def compare_tokenizers(given: Any, recorded: Sequence[str]) -> int:
+    """Refuse tokenizers that give a token different numbers: two, or one and those that caches were made with.
+
+    Args:
+        given: ``(student's, teacher's)``, or the student's alone.
+        recorded: `vocabulary_fingerprint` of each cache's tokenizer, empty for a cache that has none.
+
+    Returns:
+        See `check_tokenizers`.
+
+    Raises:
+        CallbackError: they differ.
+        ConfigError: the student's alone, and nothing to compare it with.
+    """
+    pair = cast("Sequence[Any]", given) if isinstance(given, tuple | list) else (given,)
+    if len(pair) == 1 and not (recorded and all(recorded)):
+        raise ConfigError(
+            "tokenizers= has the student's alone, and no teacher's to compare it with: give both, (student's, "
+            "teacher's), or make the cache with cache_teacher(tokenizer=teacher's)"
+        )
+    student, teacher = pair[0], pair[-1]
+    size = check_tokenizers(student, teacher)
+    ours = vocabulary_fingerprint(student)
+    if any(theirs not in ("", ours) for theirs in recorded):
+        raise CallbackError(
+            f"the student's tokenizer {type(student).__name__} with {len(student.get_vocab())} tokens is not the one "
+            "that the teacher's cache was made with: some tokens have other numbers. Logits of different vocabularies "
+            "do not compare: take a teacher of the same tokenizer, or train on the text that it writes "
+            "(teacher_sequences)"
+        )
+    return size
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """Return the SHA-256 of a tokenizer's tokens and their numbers.
+
+    Args:
+        tokenizer: one of Transformers, or what else has ``get_vocab()``.
+    """
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def check_tokenizers(student: Any, teacher: Any) -> int:
