@@ -30,7 +30,8 @@ def is_quantized(graph_module: fx.GraphModule) -> bool:
 def count_layers(graph_module: fx.GraphModule) -> dict[str, int]:
     """Count the matrix operations by kind and precision, such as ``{"conv2d int8": 20, "linear float": 1}``.
 
-    One is int8 when both its input and its weight come out of a dequantize op.
+    One is int8 when both its input and its weight come out of a dequantize op; one that reads a packed weight has
+    ``"4-bit weights"`` or ``"8-bit weights"``.
     """
     # here, since opening an artefact must not load the quantization family
     from torchopt_passes.graph.quantization.targets import KINDS
@@ -41,6 +42,8 @@ def count_layers(graph_module: fx.GraphModule) -> dict[str, int]:
         if node.op == "call_function" and layer is not None:
             int8 = _from_dequantize(node.args[layer.activation]) and _from_dequantize(node.args[layer.weight])
             counts[f"{layer.kind} {'int8' if int8 else 'float'}"] += 1
+        elif str(node.target) == "torchopt_passes.matmul_nbits.default":
+            counts[f"linear {node.args[4]}-bit weights"] += 1
     return dict(sorted(counts.items()))
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.metadata import KEY, Metadata
 from torchopt_passes.deploy.onnx_graph import feeds, first_apart, layer_values, save_onnx
 from torchopt_passes.deploy.program import Program
+from torchopt_passes.deploy.stored_weights import multiply_packed
 from torchopt_passes.errors import ConfigError, ExportError
 
 __all__ = ["OnnxTarget", "open_in_onnx_runtime"]
@@ -51,6 +53,10 @@ class OnnxTarget(Target):
         """Refuse an opset that the exporter cannot write."""
         if not 18 <= self.opset <= 25:
             raise ConfigError(f"OnnxTarget: opset: torch.onnx writes 18 to 25 (got {self.opset})")
+
+    def prepare(self, graph_module: fx.GraphModule) -> dict[str, str]:
+        """Let linears read the integers that their weights are stored as."""
+        return multiply_packed(graph_module)
 
     def write(self, program: Program, path: Path) -> dict[str, str]:
         """Write the file, run the ONNX checker on it, and say which kernels the runtime chose."""

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from torchopt_passes.deploy.program import Program
+from torchopt_passes.deploy.stored_weights import onnx_translations
 from torchopt_passes.errors import ExportError
 from torchopt_passes.graph.verify import relative_error
 
@@ -56,6 +57,7 @@ def to_onnx(program: Program, opset: int) -> Any:
             None,
             dynamo=True,
             opset_version=opset,
+            custom_translation_table=onnx_translations(),
             input_names=[spec.name for spec in program.inputs],
             output_names=[spec.name for spec in program.outputs],
             verbose=False,

@@ -25,6 +25,7 @@ from torchopt_passes.deploy.calls import (
 from torchopt_passes.deploy.grids import clip_to_grids
 from torchopt_passes.deploy.layers import count_layers, is_quantized
 from torchopt_passes.deploy.metadata import TensorSpec
+from torchopt_passes.deploy.stored_weights import gather_integers
 from torchopt_passes.errors import ConfigError, ExportError, TorchOptError
 from torchopt_passes.graph.inference import to_inference
 from torchopt_passes.graph.verify import Inputs
@@ -123,7 +124,7 @@ def _read(
     named = named_inputs(module, call)
     graph = module if isinstance(module, fx.GraphModule) else _trace(module, call, dynamic)
     inference = to_inference(graph, outputs)
-    facts = clip_to_grids(inference) | (prepare(inference) if prepare is not None else {})
+    facts = clip_to_grids(inference) | gather_integers(inference) | (prepare(inference) if prepare is not None else {})
     names: tuple[str, ...] = inference.meta["input_names"]
     tensors = tuple(named.get(name) for name in names)
     for name, tensor in zip(names, tensors, strict=True):

@@ -70,6 +70,7 @@ class QuantizeWeights(GraphPass):
             errors in the outputs, on data, each layer on what the rounded layers before it give; ``"awq"``: channels
             with large inputs are scaled up first (`ScaleWeights`), then ``"rtn"``.
         symmetric: whether zero points are 0.
+        linears: store linears; False for embeddings alone.
         embeddings: store embeddings too, and a head that is tied to one: they are one weight.
         head: store an untied head, the linear that gives the output.
         overrides: glob on fqns or modules -> bits, the first that matches.
@@ -94,6 +95,7 @@ class QuantizeWeights(GraphPass):
     group_size: int | None = None
     fit: Literal["rtn", "mse", "hqq", "gptq", "awq"] = "rtn"
     symmetric: bool = True
+    linears: bool = True
     embeddings: bool = False
     head: bool = False
     overrides: dict[str, int] | None = None
@@ -110,6 +112,8 @@ class QuantizeWeights(GraphPass):
             raise ConfigError(f"QuantizeWeights: group_size must be >= 16 or None, not {self.group_size}")
         if not 0.0 < self.damping <= 1.0:
             raise ConfigError(f"QuantizeWeights: damping must be in (0, 1], not {self.damping}")
+        if not self.linears and not self.embeddings:
+            raise ConfigError("QuantizeWeights: linears=False leaves nothing without embeddings=True")
         if self.max_batches is not None and self.max_batches < 1:
             raise ConfigError(f"QuantizeWeights: max_batches must be >= 1, not {self.max_batches}")
 
@@ -180,6 +184,8 @@ class QuantizeWeights(GraphPass):
             return "" if self.embeddings else f"float: an embedding{tied} (embeddings=True stores it)"
         if layer is None:
             return "float: no linear reads it"
+        if not self.linears:
+            return "float: a linear (linears=False)"
         if layer.is_convolution:
             return "float: a convolution; only linears are stored as integers"
         if layer.operation.target is not aten.linear.default or layer.transposed:
