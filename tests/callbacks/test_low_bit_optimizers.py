@@ -12,8 +12,16 @@ from torch import nn
 from torchao import optim
 
 from tests.callbacks.loops import images, make_trainer
-from torchopt_passes.callbacks import CompressionAwareLR, GradualPruning, LotteryTicket, RigL, attach
+from torchopt_passes.callbacks import (
+    CompressionAwareLR,
+    GradualChannelPruning,
+    GradualPruning,
+    LotteryTicket,
+    RigL,
+    attach,
+)
 from torchopt_passes.callbacks.optimizer_entries import forget_entries
+from torchopt_passes.errors import CallbackError
 
 INPUTS = torch.randn(6, 8, 64, generator=torch.Generator().manual_seed(1))
 
@@ -35,6 +43,31 @@ def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, index: int) ->
     optimizer.zero_grad()
     model(INPUTS[index]).square().mean().backward()
     optimizer.step()
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_after_units_have_left_a_new_optimizer_is_needed(name: str) -> None:
+    """Quantized moments cannot be cut: without an error of ours the next step would fail on shapes."""
+    model = TwoLayers()
+    optimizer = getattr(optim, name)(model.parameters(), lr=0.01)
+    pruning = GradualChannelPruning(ratio=0.5, start=1, end=2, example_inputs=INPUTS[0])
+    with attach(model, optimizer, [pruning], total_steps=2):
+        for index in range(2):
+            step_once(model, optimizer, index)
+    assert model.first.weight.shape == (64, 64)
+    with pytest.raises(CallbackError, match=f"{name} has the state of a model whose units have left since"):
+        step_once(model, optimizer, 2)
+    step_once(model, getattr(optim, name)(model.parameters(), lr=0.01), 2)
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])

@@ -101,6 +101,9 @@ def test_an_optimizer_that_cannot_follow_is_told_of(caplog: pytest.LogCaptureFix
         step(model, session.optimizer, 1)  # type: ignore[arg-type]
     assert shapes(model)["conv1.weight"][0] == 4
     assert "make a new one to train on" in caplog.text
+    with pytest.raises(CallbackError, match="Odd has the state of a model whose units have left since: make a new opt"):
+        step(model, session.optimizer, 2)  # type: ignore[arg-type]
+    step(model, Odd(model.parameters(), lr=0.01), 2)
 
 
 def test_the_trainers_optimizer_follows_a_graph(tmp_path: Path) -> None:

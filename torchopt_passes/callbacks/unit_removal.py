@@ -126,7 +126,7 @@ def remove_units(
         )
     expected = _masked(graph_module, plan, inputs) if any(g.spanned for g in masks) else evaluate(graph_module, inputs)
     snapshot = Snapshot(model, optimizer)
-    _apply(plan, model, optimizer)
+    lost = _apply(plan, model, optimizer)
     try:
         outputs, tolerance = _outputs(model, inputs)
         error = relative_error(outputs, expected)
@@ -139,20 +139,36 @@ def remove_units(
     except BaseException:
         snapshot.restore()
         raise
+    if lost and optimizer is not None:
+        _refuse_steps(optimizer, lost)
     return plan
 
 
-def _apply(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    if optimizer is not None:
-        try:
-            plan.apply(model, optimizer)
-            return
-        except PlanError as error:
-            reason = error
+def _apply(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str:
+    """Apply a plan, to the optimizer too; returns why that was not possible, empty if it was."""
+    if optimizer is None:
         plan.apply(model)
-        logger.warning("the optimizer is not that of the smaller model: make a new one to train on (%s)", reason)
-    else:
-        plan.apply(model)
+        return ""
+    try:
+        plan.apply(model, optimizer)
+        return ""
+    except PlanError as error:
+        reason = str(error)
+    plan.apply(model)
+    return reason
+
+
+def _refuse_steps(optimizer: torch.optim.Optimizer, reason: str) -> None:
+    """Tell that the optimizer has the state of the larger model; a step with it would fail on shapes, or be wrong."""
+    logger.warning("the optimizer is not that of the smaller model: make a new one to train on (%s)", reason)
+
+    def refuse(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise CallbackError(
+            f"{type(optimizer).__name__} has the state of a model whose units have left since: make a new optimizer to "
+            f"train the smaller one on ({reason})"
+        )
+
+    optimizer.register_step_pre_hook(refuse)
 
 
 def _masked(graph_module: fx.GraphModule, plan: Plan, inputs: Inputs) -> list[Any]:
