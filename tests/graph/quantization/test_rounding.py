@@ -227,3 +227,44 @@ def test_a_transformers_encoder() -> None:
     result = top.RoundWeights()(graph_module, top.PassContext(calibration=batches))
     after = relative(torch.cat([output(graph_module, batch) for batch in batches]), expected)
     assert len(result.plan.edits) == 7 and after < before
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))])
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.blocks[0](x))
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_the_objective_of_blocks_is_that_of_the_paper(fisher: bool) -> None:
+    """BRECQ, equation 10, one output at a time: sum of (dL/dz_i)^2 (z_i - z~_i)^2, for rounding to nearest."""
+    torch.manual_seed(1)
+    model, batch = Mlp().eval(), torch.randn(16, 6)
+    graph_module = prepare(model, [(batch,)], weight_bits=3)
+    plan = top.ReconstructBlocks(steps=1, fisher=fisher).plan(graph_module, top.PassContext(calibration=[(batch,)]))
+    edit = next(edit for edit in plan.edits if edit.target == "blocks.0.0.weight")
+    q = quantizers(graph_module)
+    up, down = model.blocks[0][0], model.blocks[0][2]  # pyright: ignore
+    with torch.no_grad():
+        hidden = functional.linear(q["act_x"](batch), q["blocks_0_0_weight"](up.weight), up.bias).relu()
+        rounded = functional.linear(q["act_relu"](hidden), q["blocks_0_2_weight"](down.weight), down.bias)
+        rounded = q["act_linear_1"](rounded)  # what the next block reads
+        exact = model.blocks[0](batch)
+    importance = torch.ones_like(exact)
+    for n in range(len(batch)) if fisher else ():
+        z = exact[n].clone().requires_grad_()
+        logits = model.fc(z)
+        (-torch.log(logits.exp().max() / logits.exp().sum())).backward()
+        assert z.grad is not None
+        importance[n] = z.grad**2
+    error = size = 0.0
+    for n in range(16):
+        for i in range(6):
+            error += float(importance[n, i] * (exact[n, i] - rounded[n, i]) ** 2)
+            size += float(importance[n, i] * exact[n, i] ** 2)
+    assert edit.numbers["error_nearest"] == pytest.approx(error / size, rel=1e-4)
+    assert 1e-4 < error / size < 1.0
