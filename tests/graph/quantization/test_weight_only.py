@@ -131,6 +131,14 @@ def test_an_untied_head_and_embedding_are_stored_when_asked() -> None:
     assert model.lm_head.weight is not model.model.embed_tokens.weight
 
 
+def test_embeddings_alone_are_stored_when_asked() -> None:
+    plan = top.QuantizeWeights(linears=False, embeddings=True).plan(capture(llama(tied=False)))
+    assert [edit.target for edit in plan.edits] == ["model.embed_tokens.weight"]
+    assert {skip.reason for skip in plan.skips} == {"float: a linear (linears=False)"}
+    with pytest.raises(top.ConfigError, match="leaves nothing"):
+        top.QuantizeWeights(linears=False)
+
+
 def test_a_tied_weight_is_one_weight() -> None:
     model = llama()
     graph_module = capture(model)
