@@ -80,6 +80,13 @@ def rounded() -> nn.Module:
     return graph
 
 
+def narrow() -> nn.Module:
+    """Return its graph on grids of 4 bits."""
+    graph = top.capture(resnet(), kwargs=collate(pictures()), prove=False)
+    top.InsertFakeQuant(weight_bits=4, activation_bits=4)(graph)
+    return graph
+
+
 def halved() -> nn.Module:
     """Return a BERT that comes with zeros."""
     model = bert()
@@ -146,9 +153,11 @@ MASKS = {"start": 1, "end": 1.0, "every": 17}
 HEAD = ("classifier",)
 UNITS = {"example_inputs": collate(sentences()[:BATCH])}
 PIXELS = {"example_inputs": collate(pictures())}
-TEACHER, ZEROS, RESNET, GRAPH = "bare, with a teacher's forward", "bare, with zeros", "bare ResNet", "bare graph, QAT"
+TEACHER, ZEROS, RESNET = "bare, with a teacher's forward", "bare, with zeros", "bare ResNet"
+GRAPH, NARROW = "bare graph, QAT", "bare graph, QAT in 4 bits"
 CONVS = {"against": RESNET, "student": resnet, "data": pictures}
 QAT = {"against": GRAPH, "student": rounded, "data": pictures}
+QAT_4 = {"against": NARROW, "student": narrow, "data": pictures}
 DISTILLED = {"against": TEACHER}
 LAYERS = {"bert.encoder.layer.{i}": "bert.encoder.layer.{i}"}
 VARIANTS: dict[str, Variant] = {
@@ -157,6 +166,7 @@ VARIANTS: dict[str, Variant] = {
     ZEROS: Variant(student=halved),
     RESNET: Variant(**CONVS),
     GRAPH: Variant(**QAT),
+    NARROW: Variant(**QAT_4),
     "GradualPruning": Variant(lambda: [top.GradualPruning(sparsity=0.8, **MASKS)]),
     "GradualPruning, global": Variant(lambda: [top.GradualPruning(sparsity=0.8, scope="global", **MASKS)]),
     "GradualPruning, 2:4": Variant(lambda: [top.GradualPruning(pattern="2:4", skip=HEAD, **MASKS)]),
@@ -166,6 +176,7 @@ VARIANTS: dict[str, Variant] = {
     "Splicing": Variant(lambda: [top.Splicing(**MASKS)]),
     "RigL": Variant(lambda: [top.RigL(sparsity=0.8, every=17)]),
     "SET": Variant(lambda: [top.SET(sparsity=0.8, every=17)]),
+    "LotteryTicket": Variant(lambda: [top.LotteryTicket(sparsity=0.8, rounds=1, rewind=1)]),
     "KeepZeros": Variant(lambda: [top.KeepZeros(skip=HEAD)], against=ZEROS, student=halved),
     "GradualChannelPruning": Variant(lambda: [top.GradualChannelPruning(ratio=0.5, **MASKS, **UNITS)]),
     "L1Penalty": Variant(lambda: [top.L1Penalty(strength=1e-4)]),
@@ -178,8 +189,11 @@ VARIANTS: dict[str, Variant] = {
     "L0ChannelPruning": Variant(lambda: [top.L0ChannelPruning(sparsity=0.5, settle=None, **UNITS)]),
     "InformationBottleneck": Variant(lambda: [top.InformationBottleneck(settle=None, **UNITS)]),
     "DropFilter": Variant(lambda: [top.DropFilter(rate=0.1)], **CONVS),
+    "AddEarlyExits": Variant(lambda: [top.AddEarlyExits(**PIXELS)], **CONVS),
     "CompressionAwareLR": Variant(lambda: [top.CompressionAwareLR()]),
     "QuantizationSchedule": Variant(lambda: [top.QuantizationSchedule(observer_off=1.0, freeze_bn=None)], **QAT),
+    "GradualBits": Variant(lambda: [top.GradualBits()], **QAT_4),
+    "QuantizationNoise": Variant(lambda: [top.QuantizationNoise(share=0.5)], **QAT),
     "Distillation": Variant(lambda: [top.Distillation(teacher())], **DISTILLED),
     "Distillation, hints too": Variant(
         lambda: [top.Distillation(teacher(), losses=[top.SoftTargets(), top.Hint(weight=0.1)], layers=LAYERS)],

@@ -55,6 +55,11 @@ PRINTS: dict[str, list[str]] = {
         r"threshold 1\.1 .* average depth 100\.0%",
         r"threshold 0\.8 .* 9\d\.\d% right .* average depth [345]\d\.\d%",
     ],
+    "low_bit_optimizer.py": [
+        r"AdamW  .* 20\d\.\d KB of moments .* 90\.0% zeros",
+        r"AdamW8bit  .* 6\d\.\d KB of moments .* 90\.0% zeros",
+        r"AdamW8bit, raised learning rate .* 6\d\.\d KB of moments .* 90\.0% zeros .* [6789]\d\.\d% right",
+    ],
     "dynamic_sparsity.py": [r"dense ", *[rf"{name}.*sparsity 0\.900" for name in ("RigL", "SET", "lottery ticket")]],
 }
 
