@@ -62,6 +62,11 @@ class Target(Record):
         del graph_module
         return {}
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the target itself measures the ranges of activations, on ``export(calibration=...)``."""
+        return False
+
     def file_precision(self, program: Program) -> str:
         """Return the precision of the file, which picks the measure and the tolerance of the verification."""
         return program.precision

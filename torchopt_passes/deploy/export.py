@@ -77,7 +77,8 @@ def export(
         note: the user's own words that go into the file, say on preprocessing.
         quantization: ``"int8"`` quantizes a float model for the target on the way: weights and activations, after
             training. To choose more, or train with rounding, run the passes and export what `ConvertQuantized` gives.
-        calibration: batches of real data for the ranges of activations; a tensor, tuple or dict each.
+        calibration: batches of real data for the ranges of activations; a tensor, tuple or dict each. For
+            ``quantization="int8"``, and ``weights="int16x8"`` of ``litert``.
         **options: of the target, by name.
 
     Returns:
@@ -97,18 +98,22 @@ def export(
     path = Path(path)
     chosen = make_target(path, target, options)
     chosen.require()
-    if calibration is not None and quantization is None:
+    if calibration is not None and quantization is None and not chosen.calibrates:
         raise ConfigError('calibration= is for quantization="int8"')
     if metric_drop is not None and (metric is None or not metric_drop >= 0):
         raise ConfigError(f"metric_drop is for metric=, and at least 0, not {metric_drop}")
+    if quantization is not None and chosen.calibrates:
+        raise ConfigError(f"{chosen} quantizes by itself: leave quantization= out")
     original = module
     if quantization is not None:
         module = quantized(module, chosen.name, quantization, example_inputs, calibration)
+    measured_on = tuple(map(as_call, calibration or ())) if chosen.calibrates else ()
     kept = tuple(outputs) if outputs is not None else None
     with staged(path) as draft:
 
         def attempt(sizes: Dynamic) -> tuple[Metadata, Runner]:
             program = read_program(module, example_inputs, dynamic=sizes, outputs=kept, prepare=chosen.prepare)
+            program = replace(program, calibration=measured_on)
             metadata = _metadata(chosen, program, plan, note)
             metadata = replace(metadata, facts=program.facts | _write(chosen, program, draft))
             runner = load_file(chosen, draft, metadata)

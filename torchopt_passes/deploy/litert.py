@@ -50,7 +50,8 @@ class LiteRtTarget(Target):
     Args:
         weights: how a float model's weights are stored: ``"float32"``; ``"float16"`` (half the file, computed in
             float32); ``"int8"`` for the dynamic-range form (a scale for each output channel, activations rounded at
-            run time from the range of each call).
+            run time from the range of each call); ``"int16x8"`` for int8 weights with int16 activations, whose ranges
+            are measured on ``export(calibration=...)``: its kernels are the reference ones, and slower than float.
 
     Source:
         Jacob et al. 2018, "Quantization and training of neural networks for efficient integer-arithmetic-only
@@ -61,10 +62,15 @@ class LiteRtTarget(Target):
     suffix: ClassVar[str] = ".tflite"
     packages: ClassVar[tuple[str, ...]] = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")
     extra: ClassVar[str] = "litert"
-    supports: ClassVar[str] = "float32, float16 weights, dynamic-range int8, int8; dynamic batch of CNNs; CPU"
+    supports: ClassVar[str] = "float32, float16 weights, dynamic-range int8, int16x8, int8; dynamic batch of CNNs; CPU"
     may_fix_sizes: ClassVar[bool] = True
 
-    weights: Literal["float32", "float16", "int8"] = "float32"
+    weights: Literal["float32", "float16", "int8", "int16x8"] = "float32"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether ranges of activations are measured: for int16 ones."""
+        return self.weights == "int16x8"
 
     def prepare(self, graph_module: fx.GraphModule) -> dict[str, str]:
         """Write grids as int8 ones and weights as floats that the graph rounds, and let views infer the batch."""
@@ -77,7 +83,8 @@ class LiteRtTarget(Target):
 
     def file_precision(self, program: Program) -> str:
         """Return that of the weights in the file."""
-        return program.precision if self.weights == "float32" else self.weights
+        weights = "int8" if self.weights == "int16x8" else self.weights
+        return program.precision if self.weights == "float32" else weights
 
     def write(self, program: Program, path: Path) -> dict[str, str]:
         """Convert, and say which operations the file holds, int8 ones first."""
@@ -85,10 +92,12 @@ class LiteRtTarget(Target):
             raise ConfigError(f"LiteRtTarget: weights={self.weights!r} is for a float32 model, not {program.precision}")
         if self.weights == "float32" and program.precision not in ("float32", "int8"):
             raise ExportError(f'LiteRT computes in float32: use model.float() and weights="float16" for {path.name}')
+        if self.calibrates and not program.calibration:
+            raise ConfigError('LiteRtTarget: weights="int16x8" needs calibration=: some batches of real data')
         path.write_bytes(_convert(program))
         if self.weights != "float32":
-            _compress(path, self.weights)
-        return {"kernels": _kernels(path)}
+            _compress(path, self.weights, [program.select(call) for call in program.calibration])
+        return {"kernels": _kernels(path)} | ({"activations": "int16"} if self.calibrates else {})
 
     def stamp(self, path: Path, metadata: Metadata) -> None:
         """Add the metadata to the ``metadata`` entries of the file."""
@@ -156,7 +165,7 @@ class _Interpreter:
     def __init__(self, interpreter: Any, metadata: Metadata) -> None:
         ins, outs = _details(interpreter)
         self._interpreter = interpreter
-        self._inputs = [ins[f"args_{place}"] for place in range(len(metadata.inputs))]
+        self._inputs = [ins[name] for name in _names(metadata.inputs)]
         self._outputs = [outs[f"output_{place}"] for place in range(len(metadata.outputs))]
         self._dtypes = [getattr(torch, spec.dtype) for spec in metadata.outputs]
         self._shapes: list[tuple[int, ...]] = []
@@ -181,6 +190,11 @@ class _Interpreter:
             self._interpreter.resize_tensor_input(detail["index"], list(shape))
         self._interpreter.allocate_tensors()
         self._shapes = shapes
+
+
+def _names(inputs: Sequence[Any]) -> list[str]:
+    """Return what the converter calls a program's inputs, in order."""
+    return [f"args_{place}" for place in range(len(inputs))]
 
 
 def _details(interpreter: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -266,12 +280,22 @@ def _where(error: Exception) -> str:
     return f"{found[1] if found else 'the model'}: {(detail[0] if detail else cause_of(error))[:500]}"
 
 
-def _compress(path: Path, weights: str) -> None:
-    """Store the weights of a float file in float16, or in int8 with activations rounded at run time."""
+def _compress(path: Path, weights: str, calibration: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Store the weights of a float file in float16, or in int8 with activations rounded at run time or to int16."""
     from ai_edge_quantizer import qtyping, quantizer, recipe  # pyright: ignore[reportMissingImports]
 
     quantize = quantizer.Quantizer(str(path))
-    if weights == "int8":
+    ranges: Any = None
+    if weights == "int16x8":
+        quantize.load_quantization_recipe(recipe.static_wi8_ai16())
+        ins = _details(_interpreter(path))[0]
+        calls = [
+            {name: _to_file(value.detach().cpu(), ins[name]) for name, value in zip(_names(call), call, strict=True)}
+            for call in calibration
+        ]
+        with _quiet():
+            ranges = quantize.calibrate({_SIGNATURE: calls})
+    elif weights == "int8":
         quantize.load_quantization_recipe(recipe.dynamic_wi8_afp32())
     else:
         half = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
@@ -286,7 +310,7 @@ def _compress(path: Path, weights: str) -> None:
             algorithm_key=quantizer.algorithm_manager.AlgorithmName.FLOAT_CASTING,
         )
     with _quiet():
-        path.write_bytes(bytes(quantize.quantize().quantized_model))
+        path.write_bytes(bytes(quantize.quantize(ranges).quantized_model))
 
 
 def _interpreter(path: Path) -> Any:
@@ -300,6 +324,7 @@ def _kernels(path: Path) -> str:
     from ai_edge_litert import schema_py_generated as schema  # pyright: ignore[reportMissingImports]
 
     names = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
+    widths = {schema.TensorType.INT8: " int8", schema.TensorType.INT16: " int16"}
     model = schema.Model.GetRootAs(path.read_bytes(), 0)
     graph = model.Subgraphs(0)
     counts: Counter[tuple[str, str]] = Counter()
@@ -307,9 +332,9 @@ def _kernels(path: Path) -> str:
         operator = graph.Operators(place)
         code = model.OperatorCodes(operator.OpcodeIndex())
         types = [graph.Tensors(i).Type() for i in (operator.Inputs(0), operator.Outputs(0))]
-        integer = all(kind == schema.TensorType.INT8 for kind in types)
+        kind = widths.get(types[0], "") if types[0] == types[1] else ""
         name = names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
-        counts[" int8" if integer else "", name] += 1
+        counts[kind, name] += 1
     return ", ".join(f"{name}{kind} {counts[kind, name]}" for kind, name in sorted(counts, key=lambda k: (not k[0], k)))
 
 
@@ -319,7 +344,7 @@ def _quiet() -> Generator[None]:
     level = logging.root.manager.disable
     logging.disable(max(level, logging.WARNING))
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(level)

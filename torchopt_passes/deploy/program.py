@@ -54,6 +54,7 @@ class Program:
         device: ``"cpu"`` or ``"cuda"``.
         layers: how many layers are quantized and how many float, by kind.
         facts: what a target did to the graph, for the report.
+        calibration: calls of the source, for a target that measures ranges itself.
     """
 
     source: nn.Module
@@ -67,6 +68,7 @@ class Program:
     device: str
     layers: dict[str, int]
     facts: dict[str, str] = field(default_factory=dict[str, str])
+    calibration: tuple[Inputs, ...] = ()
 
     def select(self, call: Inputs) -> list[torch.Tensor]:
         """Return the tensors of a call of the source that the program takes, in order."""

@@ -238,7 +238,9 @@ class FakeQuantizer(nn.Module):
         return torch.where(self.noise.chosen(x), rounded, x)
 
     def _quantize(self, x: torch.Tensor, observe: bool) -> torch.Tensor:
-        if observe and self.channel_dim is None and x.dtype is torch.float32 and not self.power_of_two:
+        # torch's fused operation takes a zero point for signed values too where all lie on one side (behind a ReLU)
+        fused = self.channel_dim is None and x.dtype is torch.float32 and not (self.signed or self.power_of_two)
+        if observe and fused:
             return torch.fused_moving_avg_obs_fake_quant(
                 x,
                 self.observer_enabled,
@@ -252,7 +254,7 @@ class FakeQuantizer(nn.Module):
                 self.quant_max,
                 -1,
                 False,
-                self.signed,
+                False,
             )
         if observe:
             self._watch(x, x)
