@@ -70,7 +70,7 @@ class Plan:
                 if not (edits[0].on_source or isinstance(module, fx.GraphModule)):
                     raise PlanError(
                         f"{edits[0].kind!r} ({edits[0].target}) changes the captured graph, not the source module: "
-                        "apply the plan to capture(model, ...)"
+                        f"apply the plan to capture(model, ...). {edits[0].reason}".rstrip(". ")
                     )
                 for edit in edits:
                     edit.validate(module)

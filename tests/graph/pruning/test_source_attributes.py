@@ -217,3 +217,27 @@ def test_phi3_reads_its_heads_from_the_configuration() -> None:
     half = found_and_right  # one layer alone cannot be told through the shared configuration
     with pytest.raises(top.PlanError, match="captured graph"):
         half(model, edits[:2], MODELS["phi3"].case(2), masked(model, plan_of(*edits[:2]), "o_proj.weight"))
+
+
+class Dead(nn.Module):
+    """Computes a branch that nothing reads, as the last layer of a WaveNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.rest = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x).relu()
+        self.rest(hidden)
+        return self.down(hidden)
+
+
+def test_code_that_no_output_depends_on_is_named() -> None:
+    model, x = Dead().eval(), torch.randn(3, 6)
+    graph_module = top.capture(model, (x,))
+    result = top.PruneChannels(ratio=0.5)(graph_module)
+    assert result.report.proof.status == "proven"
+    assert tuple(result.graph_module.get_parameter("up.weight").shape) == (4, 6)
+    why = r"No output depends on rest.weight, rest.bias: take that code out of the source"
+    with pytest.raises(top.PlanError, match=why):
+        result.plan.apply(copy.deepcopy(model))

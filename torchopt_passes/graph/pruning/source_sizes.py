@@ -60,8 +60,19 @@ def source_edits(
     try:
         found = find_attributes(source, edits, inputs, expected, counts=_counts(grouping, removal))
     except PlanError as error:
-        return (OnlyGraph(target="source module", reason=str(error)),), ()
+        return (OnlyGraph(target="source module", reason=f"{error}{_dead(graph_module, theirs)}"),), ()
     return tuple(found), ()
+
+
+def _dead(graph_module: fx.GraphModule, parameters: Mapping[str, nn.Parameter]) -> str:
+    """Name the parameters that the source runs and the graph does not, since no output depends on them."""
+    live = {*graph_module.graph.find_nodes(op="output")}
+    for node in reversed(graph_module.graph.nodes):
+        live |= set(node.all_input_nodes) if node in live else set()
+    read = {id(parameters.get(str(node.target))) for node in live}
+    dead = [name for name, parameter in parameters.items() if id(parameter) not in read]
+    more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
+    return f". No output depends on {', '.join(dead[:3])}{more}: take that code out of the source" if dead else ""
 
 
 def _counts(grouping: Grouping, removal: Removal) -> Mapping[str, Mapping[int, int]]:
