@@ -51,10 +51,11 @@ __all__ = [
 
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+GraphT = TypeVar("GraphT", fx.Graph, nn.Module)
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Return a deep copy of a graph, its input and output structure included.
+def copy_graph(graph: GraphT) -> GraphT:
+    """Return a deep copy of a graph, or of a module that may hold one, its input and output structure included.
 
     Copying that structure makes torch 2.13 warn of its own deprecated class, which no user can change.
     """

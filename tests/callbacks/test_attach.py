@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from tests.callbacks.loops import collate, conv_net, ragged_tokens, same_state, tiny_bert
@@ -116,6 +117,8 @@ def test_accelerate_accumulates_saves_and_resumes_bit_for_bit(tmp_path: Path) ->
     data = ragged_tokens(24)
 
     def train(stop: int, resume: bool) -> nn.Module:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer that ran before in this process
+        GradientState._reset_state()
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = tiny_bert(0.1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)

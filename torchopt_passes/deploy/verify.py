@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from torchopt_passes._compat import copy_graph
 from torchopt_passes.deploy.calls import run_source
 from torchopt_passes.graph.verify import Inputs, relative_error, sqnr
 
@@ -96,7 +96,7 @@ def rounding_noise(source: nn.Module, calls: Sequence[Inputs], names: Sequence[s
     Returns:
         ``||a - b|| / ||b||``, the largest over outputs and calls.
     """
-    twin = copy.deepcopy(source)
+    twin = copy_graph(source)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in (*twin.parameters(), *twin.buffers()):
