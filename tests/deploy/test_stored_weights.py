@@ -78,6 +78,24 @@ def test_rewritten_graphs_compute_the_same(options: dict[str, Any], bits: str) -
     assert sum(t.numel() for t in weights) == linears * int(bits[0]) // 8
 
 
+def test_a_layer_that_is_called_twice_is_packed_once() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x).relu()) + x
+
+    graph = top.capture(Twice().eval(), (torch.randn(3, 32),))
+    top.QuantizeWeights(bits=4, group_size=16, head=True)(graph)
+    inference, x = to_inference(graph.eval()), torch.randn(3, 32)
+    (before,) = inference(x)
+    assert multiply_packed(inference) == {"packed weights": "2 linears"}
+    torch.testing.assert_close(inference(x)[0], before, rtol=1e-5, atol=1e-6)
+    assert sum(t.numel() for t in inference.state_dict().values() if t.dtype is torch.uint8) == 32 * 32 // 2
+
+
 def test_the_product_is_that_of_its_formula() -> None:
     """From the packed bytes, one value at a time."""
     rows, blocks, size = 3, 2, 16

@@ -35,8 +35,8 @@ def quantized(
 
     Biases are corrected, and embeddings are stored in int8 with a scale for each row. Where there are layer norms or
     RMS norms, a few channels behind them are far larger than the rest and matter: they are smoothed first, and ranges
-    hold all that was seen (sentence embeddings of MiniLM in int8: mean cosine 0.9944 without, 0.9985 with, on
-    OpenVINO's grids). On an x86 CPU without VNNI weights get 7 bits (`saturates`).
+    hold all that was seen (sentence embeddings of MiniLM keep a mean cosine of 0.998, see docs/deploy_cells.md). On an
+    x86 CPU without VNNI weights get 7 bits (`saturates`).
 
     Args:
         module: an ``nn.Module`` or a captured graph; left as it was.

@@ -22,6 +22,7 @@ __all__ = ["Stored", "find_stored", "gather_integers", "matmul_nbits", "multiply
 _aten = torch.ops.aten
 _BLOCKS = (256, 128, 64, 32, 16)  # that the kernels take
 _DOMAIN = "com.microsoft"
+_SUFFIXES = ("packed", "packed_scale", "packed_zero_point")
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,18 @@ def multiply_packed(graph_module: fx.GraphModule) -> dict[str, str]:
         Facts for the report: how many there are.
     """
     graph, before, count = graph_module.graph, get_state(graph_module), 0
+    packed: dict[str, tuple[list[str | None], int]] = {}
     for node in graph.find_nodes(op="call_function", target=_aten.linear.default):
         weight = find_stored(node.args[1])
         block = next((size for size in _BLOCKS if weight and weight.group_size % size == 0), 0)
         if weight is None or not block or weight.dtype is not torch.float32:
             continue
-        integers, scale = (get_tensor(graph_module, str(n.target)) for n in (weight.integers, weight.scale))
-        zeros = weight.zero_point and get_tensor(graph_module, str(weight.zero_point.target))
-        bits = 4 if int(integers.min()) >= -8 and int(integers.max()) <= 7 else 8
-        packed, scales, offsets = _pack(integers, scale, zeros, bits, block)
-        arguments: list[Any] = []
-        for suffix, tensor in (("packed", packed), ("packed_scale", scales), ("packed_zero_point", offsets)):
-            name = free_name(graph_module, f"{weight.integers.target}_{suffix}".replace(".", "_"))
-            if tensor is not None:
-                store(graph_module, name, tensor, parameter=False)
-            with graph.inserting_before(node):
-                arguments.append(None if tensor is None else graph.get_attr(name))
+        fqn = str(weight.integers.target)
+        if fqn not in packed:  # a layer that is called twice has one weight
+            packed[fqn] = _store_packed(graph_module, weight, block)
+        names, bits = packed[fqn]
         with graph.inserting_before(node):
+            arguments = [name and graph.get_attr(name) for name in names]
             product = graph.call_function(_product(), (node.args[0], *arguments, bits, block))
             if len(node.args) > 2 and node.args[2] is not None:
                 product = graph.call_function(_aten.add.Tensor, (product, node.args[2]))
@@ -139,6 +135,20 @@ def multiply_packed(graph_module: fx.GraphModule) -> dict[str, str]:
     remove_unused_state(graph_module, before)
     graph_module.recompile()
     return {"packed weights": f"{count} linears"} if count else {}
+
+
+def _store_packed(graph_module: fx.GraphModule, weight: Stored, block: int) -> tuple[list[str | None], int]:
+    """Store codes, scales and zero points; returns their names (None for zero points that are 0), and the bits."""
+    integers, scale = (get_tensor(graph_module, str(n.target)) for n in (weight.integers, weight.scale))
+    zeros = weight.zero_point and get_tensor(graph_module, str(weight.zero_point.target))
+    bits = 4 if int(integers.min()) >= -8 and int(integers.max()) <= 7 else 8
+    names: list[str | None] = []
+    for suffix, tensor in zip(_SUFFIXES, _pack(integers, scale, zeros, bits, block), strict=True):
+        names.append(None)
+        if tensor is not None:
+            names[-1] = free_name(graph_module, f"{weight.integers.target}_{suffix}".replace(".", "_"))
+            store(graph_module, names[-1], tensor, parameter=False)
+    return names, bits
 
 
 def _pack(
