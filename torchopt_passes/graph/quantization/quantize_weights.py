@@ -12,12 +12,13 @@ import torch
 from torch import fx
 
 from torchopt_passes.errors import ConfigError
-from torchopt_passes.functional.gptq import add_hessian, gptq, output_error
+from torchopt_passes.functional.gptq import gptq, output_error
 from torchopt_passes.functional.groupwise import GroupGrid, fit_least_squares, fit_range
 from torchopt_passes.functional.hqq import fit_hqq
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
+from torchopt_passes.graph.quantization.layer_hessians import layer_hessians
 from torchopt_passes.graph.quantization.rescale import ScaleChannels
 from torchopt_passes.graph.quantization.scale_weights import ScaleWeights
 from torchopt_passes.graph.quantization.store_integers import StoreIntegers
@@ -217,18 +218,13 @@ class QuantizeWeights(GraphPass):
         with walking(graph_module, context.calibration, "QuantizeWeights", self.max_batches) as batches:
             walk = Walk(graph_module, batches)
             layers = {layer.fqn: layer for layer in find_layers(graph_module, walk.graph)}
-            seen: tuple[Any, torch.Tensor] | None = None
             for weight in (w for w in weights if w.layer is None):  # embeddings come first and read no values
                 edits.append(self._nearest(weight, get_tensor(graph_module, weight.fqn)))
                 walk.set(weight.fqn, edits[-1].value())  # pyright: ignore
             ordered = [layer for layer in layers.values() if by_fqn.get(layer.fqn) and by_fqn[layer.fqn].layer]
-            for layer in track(ordered, "Fitting weights"):
-                walk.advance(layer.operation)
-                source = layer.operation.args[0]
-                hessian = seen[1] if seen is not None and seen[0] is source else _hessian(walk, layer)
-                seen = (source, hessian)
+            for layer, hessian in layer_hessians(walk, ordered, "Fitting weights"):
                 value = get_tensor(graph_module, layer.fqn).detach().float()
-                edit = self._one_gptq(by_fqn[layer.fqn], value, hessian)
+                edit = self._one_gptq(by_fqn[layer.fqn], value, hessian[0])
                 walk.set(layer.fqn, edit.value().to(value.dtype))
                 edits.append(edit)
         return edits
@@ -276,14 +272,6 @@ class QuantizeWeights(GraphPass):
             bits=weight.bits,
             zero_point=zero_point,
         )
-
-
-def _hessian(walk: Walk, layer: WeightLayer) -> torch.Tensor:
-    columns = int(layer.operation.args[1].meta["val"].shape[1])  # pyright: ignore
-    hessian = torch.zeros(columns, columns)
-    for batch in range(len(walk.values)):
-        add_hessian(hessian, layer.columns(walk.input(batch, layer.operation, 0).detach())[0].float())
-    return hessian
 
 
 def _group_size(wanted: int | None, columns: int) -> tuple[int, str]:

@@ -6,15 +6,15 @@ import torch
 from torch import fx
 
 from torchopt_passes.errors import ConfigError
-from torchopt_passes.functional.gptq import add_hessian, gptq, output_error
+from torchopt_passes.functional.gptq import gptq, output_error
 from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.edit import Edit
 from torchopt_passes.graph.plan import Plan
+from torchopt_passes.graph.quantization.layer_hessians import layer_hessians
 from torchopt_passes.graph.quantization.rounding import PreparedLayer, RoundingPass, prepared_layers, set_weight
 from torchopt_passes.graph.quantization.walk import Walk, walking
-from torchopt_passes.progress import track
 
-__all__ = ["RoundWeights", "layer_hessian"]
+__all__ = ["RoundWeights"]
 
 
 class RoundWeights(RoundingPass):
@@ -66,9 +66,9 @@ class RoundWeights(RoundingPass):
         with walking(graph_module, context.calibration, "RoundWeights", self.max_batches) as batches:
             walk = Walk(graph_module, batches)
             layers, _ = prepared_layers(graph_module, walk.graph, context, "RoundWeights")
-            for prepared in track(layers, "Rounding weights"):
-                walk.advance(prepared.layer.operation)
-                folded, numbers = self._round(prepared, layer_hessian(walk, prepared))
+            hessians = layer_hessians(walk, [prepared.layer for prepared in layers], "Rounding weights")
+            for prepared, (_, hessian) in zip(layers, hessians, strict=True):
+                folded, numbers = self._round(prepared, hessian)
                 edits.append(set_weight(prepared, folded, "GPTQ", numbers))
                 walk.set(prepared.layer.fqn, prepared.unfold(folded))
         return Plan(tuple(edits), tuple(skips))
@@ -98,16 +98,3 @@ class RoundWeights(RoundingPass):
             size += output_error(weight[group], hessian[group])
         numbers = {"error_nearest": before / max(size, 1e-30), "error": after / max(size, 1e-30)}
         return layer.weight(rounded, prepared.weight.float()), numbers
-
-
-def layer_hessian(walk: Walk, prepared: PreparedLayer) -> torch.Tensor:
-    """Return the Hessian of each group of a layer, from the inputs where a walk stands: [groups, columns, columns]."""
-    layer = prepared.layer
-    matrix = layer.matrix(prepared.weight)
-    hessian = torch.zeros(len(matrix), matrix.shape[2], matrix.shape[2])
-    with torch.no_grad():
-        for batch in range(len(walk.values)):
-            inputs = layer.columns(walk.input(batch, layer.operation, layer.operands.activation))
-            for group in range(len(matrix)):
-                add_hessian(hessian[group], inputs[group].float())
-    return hessian
