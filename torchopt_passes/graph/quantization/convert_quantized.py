@@ -58,11 +58,11 @@ class LowerQuantizer(Edit):
 class ConvertQuantized(GraphPass):
     """Turn fake-quantizers into the integer arithmetic that they stand for.
 
-    Activations get quantize and dequantize ops, weights are stored as int8 under their own name with
-    ``<name>_scale`` and ``<name>_zero_point`` beside them (that of a plain product x W, such as GPT-2's ``Conv1D``,
-    transposed: int8 kernels exist for linears alone), batch norms are folded into the convolution or linear in
-    front of them and their state is gone. Grids that are fitted to each value become operations in float around the
-    same integers (by row), or casts to the narrow floats that weights are then stored in.
+    Activations get quantize and dequantize ops, weights are stored as int8 (above 8 bits int16) under their own name
+    with ``<name>_scale`` and ``<name>_zero_point`` beside them (that of a plain product x W, such as GPT-2's
+    ``Conv1D``, transposed: int8 kernels exist for linears alone), batch norms are folded into the convolution or
+    linear in front of them and their state is gone. Grids that are fitted to each value become operations in float
+    around the same integers (by row), or casts to the narrow floats that weights are then stored in.
     ``on_copy(ConvertQuantized())`` keeps the prepared graph.
 
     Args:

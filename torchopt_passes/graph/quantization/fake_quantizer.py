@@ -18,10 +18,28 @@ from torchopt_passes.functional.affine import (
     min_max,
 )
 
-__all__ = ["CONTAINER", "FakeQuantizer", "Noise", "fake_quantizers", "is_fake_quant"]
+__all__ = ["CONTAINER", "FakeQuantizer", "Noise", "fake_quantizers", "is_fake_quant", "stored_range"]
 
 CONTAINER = "fake_quant"
 """The submodule of a prepared graph that holds its fake-quantizers."""
+
+
+def stored_range(bits: int, *, signed: bool) -> tuple[int, int]:
+    """Return the smallest and largest integer of a grid as it is stored: int8 or uint8, int16 above 8 bits.
+
+    An affine grid above 8 bits begins at -2^(bits-1), not at 0: torch computes little in uint16.
+
+    Args:
+        bits: 2 to 16.
+        signed: whether the grid is symmetric about zero; else it has a zero point.
+
+    Example:
+        >>> stored_range(8, signed=False), stored_range(12, signed=False), stored_range(12, signed=True)
+        ((0, 255), (-2048, 2047), (-2047, 2047))
+    """
+    low, high = integer_range(bits, signed=signed)
+    shift = 2 ** (bits - 1) if bits > 8 and not signed else 0
+    return low - shift, high - shift
 
 
 @dataclass(frozen=True)
@@ -61,8 +79,8 @@ class FakeQuantizer(nn.Module):
     while the batch norm stays where it was, with its own eps, momentum and statistics.
 
     Args:
-        bits: width of the integers, 2 to 8.
-        signed: int8 (symmetric about zero) or uint8 (affine) integers.
+        bits: width of the integers, 2 to 16.
+        signed: integers symmetric about zero, or with a zero point; see `stored_range`.
         channel_dim: the dimension with a scale for each index, None for one scale.
         channels: how many scales.
         momentum: weight of a batch in the moving average of the range; 1 takes the current range (weights).
@@ -123,11 +141,13 @@ class FakeQuantizer(nn.Module):
 
     def grid(self, bits: int) -> tuple[int, int]:
         """Return the smallest and largest integer of the grid of a width."""
-        return integer_range(bits, signed=self.signed)
+        return stored_range(bits, signed=self.signed)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the integers."""
+        if self.bits > 8:
+            return torch.int16
         return torch.int8 if self.signed else torch.uint8
 
     @property

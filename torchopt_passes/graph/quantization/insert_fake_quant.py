@@ -10,7 +10,6 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from torchopt_passes.errors import ConfigError, PlanError
-from torchopt_passes.functional.affine import integer_range
 from torchopt_passes.functional.float_casts import FLOATS
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.batch_norm import BatchNorm
@@ -18,8 +17,8 @@ from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.inplace import make_out_of_place
 from torchopt_passes.graph.plan import Plan
 from torchopt_passes.graph.quantization.annotate import Annotation, Place, annotate
-from torchopt_passes.graph.quantization.fake_quantizer import CONTAINER, FakeQuantizer
-from torchopt_passes.graph.quantization.layer_bits import BitsOf, check_bits, float_layers, quantizer_bits
+from torchopt_passes.graph.quantization.fake_quantizer import CONTAINER, FakeQuantizer, stored_range
+from torchopt_passes.graph.quantization.layer_bits import FLOAT_BITS, BitsOf, check_bits, float_layers, quantizer_bits
 from torchopt_passes.graph.quantization.operations import find_operations
 from torchopt_passes.graph.quantization.state import fake_quant_off
 from torchopt_passes.graph.quantization.targets import get_target
@@ -37,7 +36,7 @@ class FakeQuantize(Edit):
         node: the node whose value is rounded.
         users: the nodes that read it rounded; others read it as it is.
         bits: width of the integers.
-        signed: int8 symmetric about zero, or uint8 with a zero point.
+        signed: integers symmetric about zero, or with a zero point.
         channel_dim: dimension with a scale for each index, None for one scale.
         channels: how many scales.
         batch_norm: the batch norm that is folded into this weight, or ''.
@@ -71,11 +70,11 @@ class FakeQuantize(Edit):
     format: str = "int"
 
     def check(self) -> None:
-        """Refuse a name that is no identifier, a width that is no int8, and a place without users."""
+        """Refuse a name that is no identifier, a width out of range, and a place without users."""
         if not self.quantizer.isidentifier():
             raise PlanError(f"{self.quantizer!r} is no name of a fake-quantizer")
-        if not 2 <= self.bits <= 8 or self.channels < 1 or not 0.0 < self.momentum <= 1.0:
-            raise PlanError(f"{self.quantizer}: bits 2 to 8, channels >= 1, 0 < momentum <= 1")
+        if not 2 <= self.bits <= 16 or self.channels < 1 or not 0.0 < self.momentum <= 1.0:
+            raise PlanError(f"{self.quantizer}: bits 2 to 16, channels >= 1, 0 < momentum <= 1")
         if not self.users:
             raise PlanError(f"{self.quantizer}: nothing reads {self.node} rounded")
 
@@ -169,8 +168,8 @@ class InsertFakeQuant(GraphPass):
         target: where it will run: ``"inductor"`` (x86 CPU), ``"onnx"`` (ONNX Runtime, QDQ), ``"openvino"``,
             ``"tensorrt"``, ``"litert"``, ``"executorch"``, or ``"reference"``.
         qat: True learns ranges and rounds in training from now on; False waits for `Calibrate`.
-        weight_bits: 2 to 8.
-        activation_bits: 2 to 8.
+        weight_bits: 2 to 8; to 16 for ``target="reference"``.
+        activation_bits: likewise.
         weight_bits_of: glob on a weight's fqn, a module path or a node -> bits of that weight instead; 0 or 32 keep its
             operation in float. The first glob that matches counts.
         activation_bits_of: the same, for the inputs of the operations it matches. A value that several operations read
@@ -251,11 +250,9 @@ class InsertFakeQuant(GraphPass):
             raise ConfigError(
                 "InsertFakeQuant: power_of_two is for grids with a range: no group_size, static activations"
             )
-        for name in ("weight_bits", "activation_bits"):
-            if not 2 <= getattr(self, name) <= 8:
-                raise ConfigError(f"InsertFakeQuant: {name} must be 2 to 8, not {getattr(self, name)}")
-        for bits_of in self._bits_of():
-            check_bits(bits_of.option, bits_of.bits)
+        weights = BitsOf("weight_bits_of", self.weight_bits_of or {}, self.weight_bits)
+        for bits_of in (weights, self._bits_of()[1]):
+            check_bits(bits_of, get_target(self.target))
         if not 0.0 < self.momentum <= 1.0:
             raise ConfigError(f"InsertFakeQuant: momentum must be in (0, 1], not {self.momentum}")
 
@@ -302,8 +299,8 @@ class InsertFakeQuant(GraphPass):
         return found
 
     def _bits_of(self) -> list[BitsOf]:
-        narrow = 7 if self.reduce_range else 8
-        weights = {p: b if b > 8 else min(b, narrow) for p, b in (self.weight_bits_of or {}).items()}
+        narrow = 7 if self.reduce_range else 16
+        weights = {p: b if b in FLOAT_BITS else min(b, narrow) for p, b in (self.weight_bits_of or {}).items()}
         return [
             BitsOf("weight_bits_of", weights, min(self.weight_bits, narrow)),
             BitsOf("activation_bits_of", self.activation_bits_of or {}, self.activation_bits),
@@ -318,7 +315,7 @@ class InsertFakeQuant(GraphPass):
         # a place that no matrix operation reads, such as the output of the last convolution, has no bits of its own
         bits = bits or self._bits_of()[1].default
         signed = self.signed_activations if weight is None else self.weight_symmetric
-        low, high = integer_range(bits, signed=signed)
+        low, high = stored_range(bits, signed=signed)
         per_channel = weight is not None and self.per_channel
         channels = 1
         if weight is not None and per_channel:

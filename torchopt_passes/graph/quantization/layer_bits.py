@@ -12,6 +12,7 @@ from torch import fx
 from torchopt_passes.errors import ConfigError
 from torchopt_passes.graph.quantization.annotate import Annotation
 from torchopt_passes.graph.quantization.operations import Operation, module_path
+from torchopt_passes.graph.quantization.targets import Target
 from torchopt_passes.graph.tensors import check_patterns, matching_pattern
 
 __all__ = ["FLOAT_BITS", "BitsOf", "check_bits", "float_layers", "quantizer_bits"]
@@ -47,17 +48,21 @@ def names_of(operation: Operation) -> list[str]:
     return [name for name in names if name]
 
 
-def check_bits(option: str, bits: Mapping[str, int]) -> None:
-    """Refuse a width that is neither that of an int8 grid nor float.
+def check_bits(option: BitsOf, target: Target) -> None:
+    """Refuse a width that is neither that of a grid of the target nor, for a glob, float.
 
     Raises:
-        ConfigError: names the option and the glob.
+        ConfigError: names the option and the glob, and the targets that take wider grids.
     """
-    for pattern, width in bits.items():
-        if not 2 <= width <= 8 and width not in FLOAT_BITS:
-            raise ConfigError(
-                f"InsertFakeQuant: {option}[{pattern!r}] must be 2 to 8, or 0 or 32 for float, not {width}"
-            )
+    most = 16 if target.any_grid else 8
+    asked = [(option.option.removesuffix("_of"), option.default, "")]
+    for pattern, width in option.bits.items():
+        if width not in FLOAT_BITS:
+            asked.append((f"{option.option}[{pattern!r}]", width, ", or 0 or 32 for float"))
+    for name, width, otherwise in asked:
+        if not 2 <= width <= most:
+            wider = f" (target {target.name!r}: {target.no_wide_grid})" if most < width <= 16 else ""
+            raise ConfigError(f"InsertFakeQuant: {name} must be 2 to {most}{otherwise}, not {width}{wider}")
 
 
 def float_layers(graph_module: fx.GraphModule, operations: list[Operation], options: list[BitsOf]) -> dict[str, str]:

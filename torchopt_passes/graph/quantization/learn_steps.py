@@ -133,6 +133,8 @@ class LearnSteps(GraphPass):
             return "kept: its grid is fitted to each value, there is no step to learn"
         if not (self.weights if quantizer.exact else self.activations):
             return f"kept: {'weights' if quantizer.exact else 'activations'}=False"
+        if quantizer.bits > 8:
+            return f"kept: the steps of {quantizer.bits} bits are too fine to learn; 8 bits and fewer are"
         if self.method in ("lsq", "lsq+"):
             return ""
         if quantizer.exact and not quantizer.signed:

@@ -90,7 +90,7 @@ def lower(graph_module: fx.GraphModule, names: Sequence[str], *, fold_weights: b
     for node, name, tensor, parameter in stored.items:
         # a float tensor of that name is still read (a tied embedding): then the integers stand beside it
         taken = not tensor.is_floating_point() and free_name(graph_module, name) != name
-        node.target = free_name(graph_module, f"{name}_int8" if taken else name)
+        node.target = free_name(graph_module, f"{name}_{str(tensor.dtype).removeprefix('torch.')}" if taken else name)
         store(graph_module, str(node.target), tensor, parameter=parameter)
     remove_empty_modules(graph_module, removed)
 

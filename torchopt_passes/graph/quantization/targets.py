@@ -111,7 +111,9 @@ class Target:
         follow: operations that move rounded values without leaving the grid: their results share its scale.
         fold_weights: whether converted weights are stored as integers (else rounded in the graph).
         no_grid: grids its kernels cannot take, such as ``"int8 activations"`` or ``"uint8 weights"`` -> why.
-        any_grid: whether it takes grids that are fitted to each value and narrow floats, as no int8 kernel does.
+        any_grid: whether it takes grids that are fitted to each value, of 9 to 16 bits, and narrow floats, as no int8
+            kernel does.
+        no_wide_grid: why it takes no grid above 8 bits, and what does, unless `any_grid`.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Target:
     fold_weights: bool = True
     no_grid: dict[str, str] = field(default_factory=dict[str, str])
     any_grid: bool = False
+    no_wide_grid: str = "its kernels compute in int8; 'reference' rounds to 16 bits in float"
 
     @property
     def refused(self) -> dict[str, str]:
@@ -217,6 +220,7 @@ TARGETS: dict[str, Target] = {
             bias_apart=frozenset(),
             follow=_MAX_POOLS | _VIEWS,
             no_grid={"uint8 weights": "its kernels take int8 weights about zero alone"},
+            no_wide_grid="export the float model with LiteRtTarget(weights='int16x8') for 16-bit activations",
         ),
         # ExecuTorch: XNNPACK's int8 kernels return int8; products of two activations and softmax are float there, and
         # squeezes are left to portable kernels

@@ -25,7 +25,7 @@ class ValueQuantizer(FakeQuantizer):
     mode. Float8 is scaled so that the largest value of a row is the format's largest; half and bfloat16 are casts.
 
     Args:
-        bits: of integers, 2 to 8.
+        bits: of integers, 2 to 16.
         signed: integers symmetric about zero; else affine.
         granularity: what has a scale of its own.
         group_size: values of a group.
