@@ -6,6 +6,7 @@ from torchopt_passes.deploy.artifact import Artifact, open_artifact
 from torchopt_passes.deploy.base import Target, targets
 from torchopt_passes.deploy.bench import FileBenchmark, FileTiming, benchmark_files
 from torchopt_passes.deploy.benchmark import Benchmark, Timing, benchmark
+from torchopt_passes.deploy.buckets import Buckets, open_buckets
 from torchopt_passes.deploy.compact import (
     CompactReport,
     CompactTensor,
@@ -17,6 +18,7 @@ from torchopt_passes.deploy.compact import (
 from torchopt_passes.deploy.cpu import saturates
 from torchopt_passes.deploy.executorch import ExecuTorchTarget
 from torchopt_passes.deploy.export import export
+from torchopt_passes.deploy.export_buckets import export_buckets
 from torchopt_passes.deploy.footprint import Footprint, footprint
 from torchopt_passes.deploy.inductor import InductorTarget
 from torchopt_passes.deploy.litert import LiteRtTarget
@@ -30,6 +32,7 @@ from torchopt_passes.deploy.verify import Verification
 __all__ = [
     "Artifact",
     "Benchmark",
+    "Buckets",
     "CompactReport",
     "CompactTensor",
     "ExecuTorchTarget",
@@ -51,9 +54,11 @@ __all__ = [
     "compact_report",
     "compressed_size",
     "export",
+    "export_buckets",
     "footprint",
     "load_compact",
     "open_artifact",
+    "open_buckets",
     "read_compact",
     "saturates",
     "save_compact",

@@ -12,10 +12,10 @@ from torch import nn
 
 from torchopt_passes.deploy.base import Runner, find_target, load_file, target_types
 from torchopt_passes.deploy.benchmark import Benchmark, benchmark
-from torchopt_passes.deploy.calls import named_inputs, run_source
+from torchopt_passes.deploy.calls import named_inputs
 from torchopt_passes.deploy.metadata import Metadata, problems
 from torchopt_passes.deploy.size import compressed_size
-from torchopt_passes.deploy.verify import Verification, beyond_noise, compare
+from torchopt_passes.deploy.verify import Verification, compare_with_source
 from torchopt_passes.errors import ConfigError, ExportError, VerificationError
 from torchopt_passes.graph.calls import as_call
 
@@ -45,8 +45,6 @@ class Artifact:
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | dict[str, torch.Tensor]:
         """Run the model (see the class)."""
-        if len(args) == 1 and isinstance(args[0], Mapping):
-            args, kwargs = (), {**cast("Mapping[str, Any]", args[0]), **kwargs}
         results = self.run(self._ordered(args, kwargs))
         if len(results) == 1:
             return results[0]
@@ -113,18 +111,10 @@ class Artifact:
             VerificationError: the error is larger; gives the figures.
         """
         call = as_call(inputs)
-        expected = run_source(module, call)
-        missing = [spec.name for spec in self.metadata.outputs if spec.name not in expected]
-        if missing:
-            raise VerificationError(f"{self.path.name}: {type(module).__name__} does not give the outputs {missing}")
-        result = compare(
-            [self.run(self._ordered((), named_inputs(module, call)))],
-            [[expected[spec.name] for spec in self.metadata.outputs]],
-            precision=self.metadata.precision,
-            tolerance=tolerance,
-        )
-        if not result.passed and tolerance is None and self.metadata.precision == "int8":
-            result = beyond_noise(result, module, [call], [spec.name for spec in self.metadata.outputs])
+        found = self.run(self._ordered((), named_inputs(module, call)))
+        names = [spec.name for spec in self.metadata.outputs]
+        precision = self.metadata.precision
+        result = compare_with_source([found], module, [call], names, precision=precision, tolerance=tolerance)
         if not result.passed:
             raise VerificationError(f"{self.path.name} is not what {type(module).__name__} computes: {result}")
         return result
@@ -136,6 +126,20 @@ class Artifact:
         return f"Artifact({str(self.path)!r}, {kind}, {self.size} bytes: {inputs} -> {outputs})"
 
     def _ordered(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        given = self.named(args, kwargs)
+        tensors = [given[spec.name] for spec in self.metadata.inputs]
+        if wrong := problems(self.metadata.inputs, tensors):
+            raise ConfigError(f"{self.path.name}: {'; '.join(wrong)}")
+        return tensors
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the inputs of a call by name, without those that were dropped at export; sizes are unchecked.
+
+        Raises:
+            ConfigError: an input is missing, unknown or given twice.
+        """
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            args, kwargs = (), {**cast("Mapping[str, Any]", args[0]), **kwargs}
         specs = self.metadata.inputs
         names = [spec.name for spec in specs]
         if len(args) > len(specs):
@@ -148,10 +152,7 @@ class Artifact:
         for problem, wrong in (("given twice", twice), ("unknown", unknown), ("missing or no tensor", missing)):
             if wrong:
                 raise ConfigError(f"{self.path.name}: {problem}: {wrong}; it takes {', '.join(map(str, specs))}")
-        tensors = [given[name] for name in names]
-        if wrong := problems(specs, tensors):
-            raise ConfigError(f"{self.path.name}: {'; '.join(wrong)}")
-        return tensors
+        return {name: given[name] for name in names}
 
 
 def open_artifact(path: str | Path) -> Artifact:

@@ -20,7 +20,7 @@ from torchopt_passes.deploy.metadata import Metadata, library_versions
 from torchopt_passes.deploy.metric import Metric, measured
 from torchopt_passes.deploy.program import Dynamic, Program, read_program
 from torchopt_passes.deploy.quantized import quantized
-from torchopt_passes.deploy.verify import Verification, beyond_noise, compare
+from torchopt_passes.deploy.verify import Verification, compare_with_source
 from torchopt_passes.errors import ConfigError, ExportError, TorchOptError, VerificationError
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.plan import Plan
@@ -61,8 +61,8 @@ def export(
             ``OnnxTarget(opset=21)``; told from the suffix when left out (see `targets`).
         example_inputs: a call of the module: a tensor, a tuple of positional arguments, a dict of keyword arguments, or
             ``(args, kwargs)``. A captured graph remembers its own.
-        dynamic: which sizes stay open: ``"auto"`` is the batch, and the length of integer sequences; False fixes all;
-            a dict gives the dims of each input by name, as ``torch.export`` takes them.
+        dynamic: which sizes stay open: ``"auto"`` is the batch, and the length of integer sequences; ``"batch"`` is the
+            batch alone; False fixes all; a dict gives the dims of each input by name, as ``torch.export`` takes them.
         outputs: names of the outputs to keep; all but ``loss`` by default.
         verify: run the file and compare with the module on the example inputs, at batch 1 and at an odd batch too.
         verify_inputs: more calls to compare on, such as real data.
@@ -125,7 +125,7 @@ def export(
         try:
             metadata, runner = attempt(dynamic)
         except ExportError as error:
-            if dynamic != "auto" or not chosen.may_fix_sizes:
+            if dynamic not in ("auto", "batch") or not chosen.may_fix_sizes:
                 raise
             metadata, runner = attempt(False)
             metadata = replace(metadata, facts=metadata.facts | {"sizes": f"fixed to those of the example: {error}"})
@@ -169,14 +169,9 @@ def _verify(
         raise ExportError(
             f"the {target.name} file does not run on the example inputs: {cause_of(error)}. {WAYS_OUT}"
         ) from error
-    result = compare(
-        found,
-        [program.expected(call) for call in calls],
-        precision=target.file_precision(program),
-        tolerance=tolerance,
-    )
-    if not result.passed and tolerance is None and target.file_precision(program) == "int8":
-        result = beyond_noise(result, program.source, calls, [spec.name for spec in program.outputs])
+    names = [spec.name for spec in program.outputs]
+    precision = target.file_precision(program)
+    result = compare_with_source(found, program.source, calls, names, precision=precision, tolerance=tolerance)
     if result.passed:
         return result
     try:
@@ -184,7 +179,7 @@ def _verify(
     except ExportError as error:  # a file of every layer's value is another one
         where = f"its first layer that differs could not be found: {error}"
     way_out = ""
-    if target.file_precision(program) == "int8" and saturates(target.name):
+    if precision == "int8" and saturates(target.name):
         way_out = ". This CPU has no VNNI: its int8 kernels saturate unless InsertFakeQuant has reduce_range=True"
     raise VerificationError(
         f"the {target.name} file is not what {type(program.source).__name__} computes: {result}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torchopt_passes.errors import ExportError
 
-__all__ = ["short_of_space", "staged"]
+__all__ = ["short_of_space", "staged", "staged_folder"]
 
 _SPACE = "free space or choose a folder on another disk"
 _RIGHTS = "make the folder writable or choose another"
@@ -39,10 +39,45 @@ def staged(path: Path) -> Generator[Path]:
     Raises:
         ExportError: the folder does not exist or cannot be written, the path is a folder, or the disk is full.
     """
-    if not path.parent.is_dir():
-        raise ExportError(f"the folder {str(path.parent)!r} does not exist: make it first")
     if path.is_dir():
         raise ExportError(f"{str(path)!r} is a folder: name a file")
+    with _hidden(path) as folder:
+        yield folder / path.name
+        _move_in(folder, path)
+
+
+@contextmanager
+def staged_folder(path: Path, mark: str) -> Generator[Path]:
+    """Yield a new folder of the same name, hidden beside `path`; on success it takes the place of `path`.
+
+    Args:
+        path: where the folder will be. One that is there is replaced, if it is empty or holds `mark`.
+        mark: name of a file that our folders have.
+
+    Raises:
+        ExportError: as `staged`, or there is something else than a folder of ours.
+    """
+    if path.is_symlink() or (path.exists() and not (path / mark).is_file() and not _is_empty(path)):
+        raise ExportError(f"{str(path)!r} is there and has no {mark}: name a new folder, or remove it")
+    with _hidden(path) as folder:
+        draft, replaced = folder / path.name, folder / ".replaced"
+        draft.mkdir()
+        yield draft
+        if path.exists():
+            os.replace(path, replaced)
+        try:
+            os.replace(draft, path)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, path)
+            raise
+
+
+@contextmanager
+def _hidden(path: Path) -> Generator[Path]:
+    """Yield a fresh hidden folder beside `path`, and remove it whatever happens."""
+    if not path.parent.is_dir():
+        raise ExportError(f"the folder {str(path.parent)!r} does not exist: make it first")
     _remove_stale(path)
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", dir=path.parent))
@@ -50,8 +85,7 @@ def staged(path: Path) -> Generator[Path]:
         advice = _way_out(error)
         raise ExportError(f"cannot write into {str(path.parent)!r}: {error.strerror}: {advice}") from error
     try:
-        yield folder / path.name
-        _move_in(folder, path)
+        yield folder
     except OSError as error:
         raise ExportError(f"writing {str(path)!r} failed: {error}. Nothing was changed: {_way_out(error)}") from error
     finally:
@@ -97,6 +131,10 @@ def _companions(path: Path) -> set[Path]:
     """Return where an artefact may have put its weights."""
     beside = {".onnx": path.with_name(f"{path.name}.data"), ".xml": path.with_suffix(".bin")}
     return {beside[path.suffix]} if path.suffix in beside else set()
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _way_out(error: OSError) -> str:

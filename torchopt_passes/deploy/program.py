@@ -30,10 +30,11 @@ from torchopt_passes.errors import ConfigError, ExportError, TorchOptError
 from torchopt_passes.graph.inference import to_inference
 from torchopt_passes.graph.verify import Inputs
 
-__all__ = ["Dynamic", "Program", "read_program"]
+__all__ = ["Dynamic", "Program", "precision_of", "read_program"]
 
 Dynamic = bool | str | Mapping[str, Any]
-"""``"auto"``, False (all sizes fixed), or the dynamic dims of each input by name, as ``torch.export`` takes them."""
+"""``"auto"``, ``"batch"``, False (all sizes fixed), or the dynamic dims of each input by name, as ``torch.export``
+takes them."""
 
 Prepare = Callable[[fx.GraphModule], dict[str, str]]
 
@@ -75,11 +76,6 @@ class Program:
         named = named_inputs(self.source, call)
         return [named[spec.name] for spec in self.inputs]
 
-    def expected(self, call: Inputs) -> list[torch.Tensor]:
-        """Run the source in eval mode on a call, and return the outputs that the program keeps, in order."""
-        named = run_source(self.source, call)
-        return [named[spec.name] for spec in self.outputs]
-
 
 def read_program(
     module: nn.Module,
@@ -96,7 +92,8 @@ def read_program(
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or ``(args, kwargs)``;
             may be left out for a captured graph, which remembers its own.
         dynamic: ``"auto"`` leaves open the batch (dim 0 of every tensor, when all agree) and the length of integer
-            sequences (dim 1 of integer tensors); image sizes stay fixed, for speed. False fixes everything.
+            sequences (dim 1 of integer tensors); image sizes stay fixed, for speed. ``"batch"`` leaves the batch open
+            alone, False fixes everything.
         outputs: which outputs to keep; all but ``loss`` when None.
         prepare: rewrites the inference graph for a target, and returns facts for the report.
 
@@ -105,7 +102,7 @@ def read_program(
         ExportError: ``torch.export`` cannot trace the module.
     """
     call = example_call(module, example_inputs)
-    roomy = _of_batch_two(call) if dynamic == "auto" else call
+    roomy = _of_batch_two(call) if dynamic in ("auto", "batch") else call
     try:
         program = _read(module, roomy, dynamic, outputs, prepare)
     except TorchOptError:
@@ -156,7 +153,7 @@ def _read(
         ),
         dropped_inputs=inference.meta["dropped_inputs"],
         dropped_outputs=inference.meta["dropped_outputs"],
-        precision="int8" if is_quantized(inference) else _float_dtype(inference),
+        precision=precision_of(inference),
         device="cuda" if "cuda" in devices else "cpu",
         layers=count_layers(inference),
         facts=facts,
@@ -201,12 +198,12 @@ def _dims(name: str, value: Any, batch: int | None, dynamic: Dynamic) -> dict[in
         return None
     if isinstance(dynamic, Mapping):
         return dynamic.get(name)
-    if dynamic is not True and dynamic != "auto":
-        raise ConfigError(f'dynamic is "auto", False or a dict of dims by input name, not {dynamic!r}')
+    if dynamic is not True and dynamic not in ("auto", "batch"):
+        raise ConfigError(f'dynamic is "auto", "batch", False or a dict of dims by input name, not {dynamic!r}')
     dims: dict[int, Any] = {}
     if value.ndim > 0 and value.shape[0] == batch:
         dims[0] = Dim.AUTO
-    if value.ndim > 1 and not value.is_floating_point():
+    if dynamic != "batch" and value.ndim > 1 and not value.is_floating_point():
         dims[1] = Dim.AUTO
     return dims
 
@@ -230,6 +227,14 @@ def _spec(name: str, node: Any, example: torch.Tensor, symbols: dict[str, str], 
     )
 
 
-def _float_dtype(module: nn.Module) -> str:
-    dtypes = [p.dtype for p in module.state_dict().values() if p.is_floating_point()]
+def precision_of(module: nn.Module) -> str:
+    """Return ``"int8"`` for a graph that is quantized, else the dtype of the module's first float tensor.
+
+    Example:
+        >>> precision_of(nn.Linear(2, 2).bfloat16())
+        'bfloat16'
+    """
+    if isinstance(module, fx.GraphModule) and is_quantized(module):
+        return "int8"
+    dtypes = [tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()]
     return str(dtypes[0] if dtypes else torch.float32).removeprefix("torch.")

@@ -10,9 +10,17 @@ from torch import nn
 
 from torchopt_passes._compat import copy_graph
 from torchopt_passes.deploy.calls import run_source
+from torchopt_passes.errors import VerificationError
 from torchopt_passes.graph.verify import Inputs, relative_error, sqnr
 
-__all__ = ["DEFAULT_TOLERANCE", "Verification", "beyond_noise", "compare", "rounding_noise"]
+__all__ = [
+    "DEFAULT_TOLERANCE",
+    "Verification",
+    "beyond_noise",
+    "compare",
+    "compare_with_source",
+    "rounding_noise",
+]
 
 DEFAULT_TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "bfloat16": 0.05, "float16": 0.01, "int8": 0.03}
 _MOST_NOISE = 0.5  # a model that moves by more under the rounding of float32 cannot be compared with anything
@@ -63,8 +71,7 @@ def compare(
         actual: of the artefact.
         expected: of the source.
         precision: of the artefact; picks the measure and the default tolerance.
-        tolerance: the largest error allowed; by default 1e-4 for float32, 0.03 (30 dB) for int8. Callers raise that of
-            int8 to what `beyond_noise` allows.
+        tolerance: the largest error allowed; by default 1e-4 for float32, 0.03 (30 dB) for int8.
 
     Example:
         >>> compare([[torch.ones(2)]], [[torch.ones(2)]], precision="float32").passed
@@ -80,6 +87,40 @@ def compare(
         agreement=min((_agreement(a, b) for a, b in pairs), default=1.0),
         calls=len(expected),
     )
+
+
+def compare_with_source(
+    actual: Sequence[Sequence[torch.Tensor]],
+    source: nn.Module,
+    calls: Sequence[Inputs],
+    names: Sequence[str],
+    *,
+    precision: str,
+    tolerance: float | None = None,
+) -> Verification:
+    """Compare the outputs of several calls with the source's; int8 is allowed what the source's own roundings move it.
+
+    Args:
+        actual: the outputs of each call, in the order of `names`.
+        source: the module; run in eval mode, and untouched.
+        calls: of the source.
+        names: of the outputs.
+        precision: of `actual` (see `compare`).
+        tolerance: the largest error allowed; the default of the precision when None, raised by `beyond_noise`.
+
+    Raises:
+        VerificationError: the source does not give one of the outputs.
+    """
+    expected: list[list[torch.Tensor]] = []
+    for call in calls:
+        results = run_source(source, call)
+        if missing := [name for name in names if name not in results]:
+            raise VerificationError(f"{type(source).__name__} does not give the outputs {missing}")
+        expected.append([results[name] for name in names])
+    result = compare(actual, expected, precision=precision, tolerance=tolerance)
+    if not result.passed and tolerance is None and precision == "int8":
+        return beyond_noise(result, source, calls, names)
+    return result
 
 
 def rounding_noise(source: nn.Module, calls: Sequence[Inputs], names: Sequence[str]) -> float:
