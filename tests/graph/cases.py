@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import fx
@@ -66,8 +67,19 @@ def _prepare() -> top.GraphPass:
     return InsertFakeQuant(target="onnx", qat=False)
 
 
+def _prepare_4_bits() -> top.GraphPass:
+    return InsertFakeQuant(target="onnx", qat=False, weight_bits=4, activation_bits=4)
+
+
 def _calibrate() -> top.GraphPass:
     return Calibrate()
+
+
+def _learn(method: Literal["dorefa", "pact", "wrpn"]) -> PassCase:
+    # DoReFa's weights have the odd levels of 2^b - 1 on either side: 8 bits of them do not fit in int8
+    return PassCase(
+        make=lambda: LearnSteps(method=method), before=(_prepare_4_bits, _calibrate), models=("conv_residual",)
+    )
 
 
 CASES: dict[str, PassCase] = {
@@ -100,6 +112,7 @@ CASES: dict[str, PassCase] = {
         make=lambda: InsertFakeQuant(target="onnx"),
         bad=({"target": "tpu"}, {"weight_bits": 9}, {"activation_bits": 1}, {"momentum": 0.0}, {"qat": 1}),
     ),
+    "insert_fake_quant:litert": PassCase(make=lambda: InsertFakeQuant(target="litert"), models=("conv_residual",)),
     "calibrate": PassCase(
         make=_calibrate,
         before=(_prepare,),
@@ -188,6 +201,9 @@ CASES: dict[str, PassCase] = {
         before=(_prepare, _calibrate),
         bad=({"method": "lsqq"}, {"weights": 1}, {"unit": "two"}),
     ),
+    "learn_steps:dorefa": _learn("dorefa"),
+    "learn_steps:pact": _learn("pact"),
+    "learn_steps:wrpn": _learn("wrpn"),
     "optimize_rounding": PassCase(
         make=lambda: top.OptimizeRounding(steps=4),
         before=(_prepare, _calibrate),
