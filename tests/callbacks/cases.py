@@ -17,6 +17,7 @@ from tests.callbacks.loops import (
     Example,
     bare_net,
     captured_net,
+    clustered_net,
     collate,
     conv_net,
     images,
@@ -436,3 +437,14 @@ def exported() -> set[str]:
         for name, value in values.items()
         if isinstance(value, type) and issubclass(value, Callback) and value is not Callback
     }
+
+
+CLUSTERED = {
+    name: Case(
+        make=lambda: QuantizationSchedule(observer_off=0.4, freeze_bn=0.6),
+        model=functools.partial(clustered_net, sparsity=sparsity),
+        data=images,
+    )
+    for name, sparsity in (("CQAT", 0.0), ("pruned CQAT", 0.5))
+}
+"""Training for int8 that keeps clusters, and zeros too: killed and resumed, but no case of the battery."""

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tests.callbacks.cases import CASES, Case
+from tests.callbacks.cases import CASES, CLUSTERED, Case
 from tests.callbacks.loops import make_trainer
 from torchopt_passes.callbacks import Callback
 from torchopt_passes.errors import ConfigError
@@ -173,7 +173,7 @@ def try_kills(case: Case, name: str, folder: Path, count: int) -> list[dict[str,
 def main(folder: Path, count: int, names: list[str]) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # the collections of the children would copy the memory that they share
-    rows = {name: try_kills(CASES[name], name, folder / name, count) for name in names or CASES}
+    rows = {name: try_kills((CASES | CLUSTERED)[name], name, folder / name, count) for name in names or CASES}
     (folder / "kills.json").write_text(json.dumps(rows))
 
 

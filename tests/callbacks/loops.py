@@ -18,7 +18,8 @@ from torchopt_passes.callbacks.items import num_items_in_batch
 from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.batch_norm import freeze_batch_norms
 from torchopt_passes.graph.capture import CapturedModule, capture
-from torchopt_passes.graph.quantization import InsertFakeQuant, LearnSteps
+from torchopt_passes.graph.pruning import PruneWeights
+from torchopt_passes.graph.quantization import ClusterWeights, InsertFakeQuant, LearnSteps
 from torchopt_passes.graph.quantization.state import set_observers
 
 Example = dict[str, torch.Tensor]
@@ -106,6 +107,24 @@ def captured_net(dropout: float = 0.0) -> CapturedModule:
 def quantized_net(dropout: float = 0.0) -> CapturedModule:
     """The graph of a `ConvNet` with fake-quantizers that have seen one batch."""
     return copy.deepcopy(_quantized_once(dropout))
+
+
+def clustered_net(dropout: float = 0.0, *, sparsity: float = 0.0) -> CapturedModule:
+    """The graph of a `ConvNet` whose weights have four levels each and are rounded to int8."""
+    return copy.deepcopy(_clustered_once(dropout, sparsity))
+
+
+@functools.cache
+def _clustered_once(dropout: float, sparsity: float) -> CapturedModule:
+    graph_module = captured_net(dropout)
+    if sparsity:
+        PruneWeights(sparsity=sparsity)(graph_module)
+    ClusterWeights(bits=2, min_numel=16)(graph_module)
+    InsertFakeQuant(target="onnx")(graph_module)
+    graph_module.train()
+    with torch.random.fork_rng(), torch.no_grad():
+        graph_module(**collate(images(4)))
+    return graph_module
 
 
 @functools.cache
