@@ -157,13 +157,27 @@ def _explain(model: nn.Module, error: Exception, training: bool) -> str:
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     text = str(error)
-    if _is_data_dependent(error):
+    if _is_data_dependent(error) and training and (norms := _cumulative_norms(model)):
+        way = (
+            f"the batch norm {norms[0]!r} has momentum=None, so it counts batches in Python to average over them: set "
+            f"the momentum of {', '.join(norms)} to a number; ReestimateBatchNorm measures the statistics afterwards"
+        )
+    elif _is_data_dependent(error):
         way = "its Python branches on the values of a tensor: capture a submodule that does not, or use torch.where"
     elif "kwarg" in text or "unexpected keyword" in text:
         way = "check the example inputs"
     else:
         way = "capture the submodule that does the work, or change that line to tensor operations"
     return f"{type(model).__name__} cannot be captured in {_mode(training)} mode{where}: {lines[0]}. Way out: {way}"
+
+
+def _cumulative_norms(model: nn.Module) -> list[str]:
+    """Return the batch norms whose running statistics weigh every batch alike."""
+    return [
+        path or type(module).__name__
+        for path, module in model.named_modules()
+        if getattr(module, "momentum", 0.0) is None and getattr(module, "num_batches_tracked", None) is not None
+    ]
 
 
 def _is_data_dependent(error: Exception) -> bool:

@@ -133,9 +133,26 @@ def test_it_still_is_after_a_copy_was_converted(learn: bool) -> None:
     same_as_float(off(graph_module), source, x)
 
 
-def test_a_batch_norm_without_momentum_is_refused_not_guessed() -> None:
-    with pytest.raises(top.CaptureError, match="train mode"):
-        top.capture(trap(momentum=None), (torch.randn(3, 3, 8, 8),))
+def test_a_batch_norm_without_momentum_is_refused_with_a_way_out() -> None:
+    """A cumulative average weighs batches by a count that Python reads; measured afterwards, its means are the same."""
+    source, batches = trap(momentum=None), [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    message = r"'bn0' has momentum=None.*momentum of bn0, bn1, bn2, bn3 to a number; ReestimateBatchNorm"
+    with pytest.raises(top.CaptureError, match=message):
+        top.capture(source, (batches[0],))
+    wanted = copy.deepcopy(source).train()
+    for module in source.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    graph_module = off(prepared(source))
+    for norm in (wanted.bn0, wanted.bn1, wanted.bn2, wanted.bn3):
+        norm.reset_running_stats()
+    for x in batches:
+        wanted(x)
+    context = top.PassContext(calibration=[(x,) for x in batches])
+    top.ReestimateBatchNorm(order="batch_statistics")(graph_module, context)
+    for name in ("bn0", "bn1", "bn2", "bn3"):
+        mean = wanted.get_submodule(name).running_mean
+        torch.testing.assert_close(graph_module.get_buffer(f"{name}.running_mean"), mean, rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrong_eps_would_be_seen() -> None:
