@@ -7,6 +7,8 @@ from collections import Counter
 import torch
 from torch import fx
 
+from torchopt_passes.deploy.stored_weights import MATMUL_NBITS
+
 __all__ = ["count_layers", "is_quantized"]
 
 _aten = torch.ops.aten
@@ -42,7 +44,7 @@ def count_layers(graph_module: fx.GraphModule) -> dict[str, int]:
         if node.op == "call_function" and layer is not None:
             int8 = _from_dequantize(node.args[layer.activation]) and _from_dequantize(node.args[layer.weight])
             counts[f"{layer.kind} {'int8' if int8 else 'float'}"] += 1
-        elif str(node.target) == "torchopt_passes.matmul_nbits.default":
+        elif str(node.target) == MATMUL_NBITS:
             counts[f"linear {node.args[4]}-bit weights"] += 1
     return dict(sorted(counts.items()))
 

@@ -17,7 +17,18 @@ from torch import fx
 from torchopt_passes.graph.state import erase_unused, free_name, get_state, remove_unused_state, store
 from torchopt_passes.graph.tensors import get_tensor
 
-__all__ = ["Stored", "find_stored", "gather_integers", "matmul_nbits", "multiply_packed", "onnx_translations"]
+__all__ = [
+    "MATMUL_NBITS",
+    "Stored",
+    "find_stored",
+    "gather_integers",
+    "matmul_nbits",
+    "multiply_packed",
+    "onnx_translations",
+]
+
+MATMUL_NBITS = "torchopt_passes.matmul_nbits.default"
+"""The name of the operator `matmul_nbits`, as a node's target has it."""
 
 _aten = torch.ops.aten
 _BLOCKS = (256, 128, 64, 32, 16)  # that the kernels take
@@ -203,7 +214,7 @@ def _product() -> Callable[..., Any]:
     if not hasattr(torch.ops.torchopt_passes, "matmul_nbits"):
         definition = torch.library.custom_op("torchopt_passes::matmul_nbits", matmul_nbits, mutates_args=())
         definition.register_fake(matmul_nbits)
-    return operator.attrgetter("torchopt_passes.matmul_nbits.default")(torch.ops)
+    return operator.attrgetter(MATMUL_NBITS)(torch.ops)
 
 
 def onnx_translations() -> dict[Any, Any]:
