@@ -13,6 +13,7 @@ from tests.deploy.compressed import graph_of
 from torchopt_passes._compat import decomposed_ops
 from torchopt_passes.deploy import export
 from torchopt_passes.deploy.grids import clip_to_grids
+from torchopt_passes.errors import ExportError
 from torchopt_passes.graph.base import PassContext
 from torchopt_passes.graph.quantization import Calibrate, ConvertQuantized, InsertFakeQuant
 
@@ -39,9 +40,20 @@ def test_values_beyond_the_calibrated_range_are_clipped(tmp_path: Path, target: 
     assert float((got - want).norm() / want.norm()) < 0.05  # without the clip it is 1.2 to 1.8
 
 
+@pytest.mark.parametrize(
+    ("options", "where"), [({"weight_bits": 12}, r"\.weight"), ({"activation_bits": 9}, "quantize")]
+)
+def test_grids_above_8_bits_are_refused(options: dict[str, Any], where: str, tmp_path: Path) -> None:
+    graph = converted("plain", target="reference", **options)
+    for suffix in (".onnx", ".pt2"):
+        with pytest.raises(ExportError, match=rf"{where}.* has a grid above 8 bits.*at most 8 bits"):
+            export(graph, tmp_path / f"m{suffix}")
+
+
 def test_grids_as_wide_as_their_dtype_are_left_alone(tmp_path: Path) -> None:
     for target in ("onnx", "tensorrt"):
-        artifact = export(converted("plain", target=target), tmp_path / "m.onnx", target)
+        # stored weights have no say in it: 7 bits of them do not saturate on any CPU
+        artifact = export(converted("plain", target=target, reduce_range=True), tmp_path / "m.onnx", target)
         assert "clipped to narrow grids" not in artifact.metadata.facts
 
 

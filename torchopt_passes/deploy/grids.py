@@ -36,9 +36,17 @@ def clip_to_grids(graph_module: fx.GraphModule) -> dict[str, str]:
 
     Returns:
         Facts for the report: how many values are clipped.
+
+    Raises:
+        ExportError: a grid is wider than 8 bits; names it.
     """
     count = 0
     for node in list(graph_module.graph.nodes):
+        if is_pair_op(node) and node.args[-1] is torch.int16:
+            raise ExportError(
+                f"{_stored(node) or node.name} has a grid above 8 bits, which is there to train and to measure: no "
+                "runtime here computes with it; give InsertFakeQuant at most 8 bits for its target"
+            )
         if not is_pair_op(node) or ".quantize" not in str(node.target):
             continue
         low, high, dtype = cast("tuple[int, int, torch.dtype]", node.args[-3:])
