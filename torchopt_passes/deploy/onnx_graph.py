@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torchopt_passes.deploy.onnx_attention import attention_translation
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.deploy.stored_weights import onnx_translations
 from torchopt_passes.errors import ExportError
@@ -57,7 +58,7 @@ def to_onnx(program: Program, opset: int) -> Any:
             None,
             dynamo=True,
             opset_version=opset,
-            custom_translation_table=onnx_translations(),
+            custom_translation_table=onnx_translations() | attention_translation(),
             input_names=[spec.name for spec in program.inputs],
             output_names=[spec.name for spec in program.outputs],
             verbose=False,
