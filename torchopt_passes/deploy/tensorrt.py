@@ -15,6 +15,7 @@ from torchopt_passes.deploy.base import Runner
 from torchopt_passes.deploy.metadata import Metadata, TensorSpec
 from torchopt_passes.deploy.onnx import OnnxTarget, open_in_onnx_runtime
 from torchopt_passes.deploy.program import Program
+from torchopt_passes.deploy.tensorrt_rules import check_quantization, check_sparsity
 from torchopt_passes.errors import ConfigError, ExportError
 
 __all__ = ["TensorRtTarget"]
@@ -31,7 +32,9 @@ class TensorRtTarget(OnnxTarget):
     Args:
         max_batch: open sizes go up to this many times the example's (at least to it): the engine is tuned for the
             example's sizes.
-        sparse_weights: let the engine use 2:4 sparse tensor cores for weights that are 2:4 sparse (Ampere and later).
+        sparse_weights: let the engine use 2:4 sparse tensor cores (Ampere and later). What is claimed is checked in the
+            file, after quantization: every weight whose number of inputs is a multiple of 4, or those whose names match
+            one of these patterns (``("encoder.*.weight",)``).
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -39,7 +42,7 @@ class TensorRtTarget(OnnxTarget):
     supports: ClassVar[str] = "float32, float16, int8 (symmetric QDQ), 2:4 sparse weights; CUDA with tensorrt>=10"
 
     max_batch: int = 8
-    sparse_weights: bool = False
+    sparse_weights: bool | tuple[str, ...] = False
 
     def check(self) -> None:
         """Refuse sizes that are none."""
@@ -60,8 +63,9 @@ class TensorRtTarget(OnnxTarget):
     def write(self, program: Program, path: Path) -> dict[str, str]:
         """Write the file, check TensorRT's rules for quantize and dequantize, and note what the engine needs."""
         facts = super().write(program, path)
-        _check_placement(path)
-        return facts | {"max_batch": str(self.max_batch), "sparse weights": str(self.sparse_weights)}
+        check_quantization(path)
+        sparse = check_sparsity(path, self.sparse_weights, program.exported.state_dict) if self.sparse_weights else []
+        return facts | {"max_batch": str(self.max_batch), "sparse weights": ", ".join(sparse)}
 
     @classmethod
     def load(cls, path: Path, metadata: Metadata) -> Runner:
@@ -88,7 +92,7 @@ class _Engine:
             errors = [str(parser.get_error(place)) for place in range(parser.num_errors)]
             raise ExportError(f"TensorRT cannot read {path.name}: {'; '.join(errors)}")
         config = builder.create_builder_config()
-        if metadata.facts.get("sparse weights") == "True":
+        if metadata.facts.get("sparse weights"):
             config.set_flag(tensorrt.BuilderFlag.SPARSE_WEIGHTS)
         profile = builder.create_optimization_profile()
         for spec in metadata.inputs:
@@ -126,31 +130,3 @@ def _range(spec: TensorSpec, times: int) -> tuple[tuple[int, ...], tuple[int, ..
     low = tuple(size if isinstance(size, int) else 1 for size, _ in pairs)
     most = tuple(size if isinstance(size, int) else max(example, example * times) for size, example in pairs)
     return low, most
-
-
-def _check_placement(path: Path) -> None:
-    """Check what TensorRT asks of explicit quantization.
-
-    Raises:
-        ExportError: a zero point that is not 0, another integer type than int8, a weight by a dimension that is not its
-            output, or a quantize node whose integers are read by anything but dequantize nodes.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    graph = onnx.load(str(path)).graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers: dict[str, list[str]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node.op_type)
-    for node in graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        zero = constants.get(node.input[2]) if len(node.input) > 2 else None
-        if zero is not None and (zero.data_type != onnx.TensorProto.INT8 or numpy_helper.to_array(zero).any()):
-            raise ExportError(f"{node.name}: TensorRT takes int8 with zero point 0 alone")
-        if node.op_type == "QuantizeLinear":
-            strange = set(readers.get(node.output[0], [])) - {"DequantizeLinear"}
-            if strange:
-                raise ExportError(f"{node.name}: its integers are read by {sorted(strange)}, not dequantized first")
