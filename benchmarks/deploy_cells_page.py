@@ -1,4 +1,4 @@
-"""docs/deploy_cells.md from the record of `deploy_cells`: a table for each model, and what the goals came to."""
+"""docs/deploy_cells.md from the records of `deploy_cells`: for each machine what the goals came to, and its tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Table = dict[tuple[str, str, str], Row]
 
 HEAD = """# Every target with every model
 
-Made by `benchmarks/deploy_cells.py` from `benchmarks/records/deploy_cells.json`; do not edit. A cell is one model in
+Made by `benchmarks/deploy_cells.py` from `benchmarks/records/deploy_cells_*.json`; do not edit. A cell is one model in
 one file of one runtime: what `top.export(model, file, example_inputs=..., quantization="int8", calibration=batches)`
 makes, next to what the runtime's own tools make of the same model and calibration data, timed in the same run.
 
@@ -37,23 +37,33 @@ makes, next to what the runtime's own tools make of the same model and calibrati
   `XNNPACKQuantizer`. LiteRT: `litert_torch` and the static recipe of `ai_edge_quantizer`. Each with its defaults.
 """
 # a piece of a reason -> the issue upstream, or why there is none
-UPSTREAM: dict[str, str] = {}
+UPSTREAM = {
+    "litert_torch cannot convert": "google-ai-edge/litert-torch#870, open sizes",
+}
 
 
-def page(record: dict[str, Any]) -> str:
-    """Return the page."""
+def page(records: dict[str, dict[str, Any]]) -> str:
+    """Return the page.
+
+    Args:
+        records: title of a machine -> its record.
+    """
+    return "\n".join([HEAD, *(line for title, record in records.items() for line in _machine(title, record))])
+
+
+def write(records: dict[str, dict[str, Any]]) -> None:
+    PAGE.write_text(page(records))
+
+
+def _machine(title: str, record: dict[str, Any]) -> Iterator[str]:
     models = list(dict.fromkeys(row["model"] for row in record["rows"]))
     tables = {model: _table(record, model) for model in models}
-    parts = [HEAD, _environment(record), "## What the goals came to\n", *(f"- {line}" for line in goals(tables)), ""]
+    yield from (f"## {title}\n", _environment(record), "What the goals came to:\n")
+    yield from (f"- {line}" for line in goals(tables))
     for model, table in tables.items():
-        parts += [f"## {model}\n", *_lines(table), ""]
+        yield from (f"\n### {model}\n", *_lines(table), "")
         if failed := [*_failed(table)]:
-            parts += ["What does not work:\n", *failed, ""]
-    return "\n".join(parts)
-
-
-def write(record: dict[str, Any]) -> None:
-    PAGE.write_text(page(record))
+            yield from ("What does not work:\n", *failed, "")
 
 
 def _table(record: dict[str, Any], model: str) -> Table:

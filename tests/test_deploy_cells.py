@@ -25,7 +25,7 @@ RECORD = {
 
 
 def test_figures_and_goals() -> None:
-    text = page(RECORD)
+    text = page({"CPU with VNNI": RECORD})
     assert "| onnx | int8 | 20.00 (4.00x) | 0.95 | - | - | 28.0 (0.28) | 0.9900 (0.9800) | 0.900 (0.800) |" in text
     assert "0.97 of the speed of the runtime's own tools**: 0 of 1 cells. Not: resnet50 onnx int8 batch 1 0.95." in text
     assert "int8 at least as faithful (cosine, to 0.0005)**: 1 of 1 cells." in text
@@ -34,6 +34,6 @@ def test_figures_and_goals() -> None:
 
 
 def test_a_cell_that_does_not_work_gives_its_reason() -> None:
-    text = page(RECORD)
+    text = page({"CPU with VNNI": RECORD})
     assert "| litert | int8 | does not work |" in text
     assert "- litert int8, ours: `ExportError: no a/b`" in text
