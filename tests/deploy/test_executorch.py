@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,7 @@ from tests.deploy.compressed import compressed, graph_of, inputs_of
 from tests.deploy.sources import get
 from torchopt_passes.deploy import Artifact, ExecuTorchTarget, benchmark_files, compressed_size, export, open_artifact
 from torchopt_passes.deploy.calls import run_source
-from torchopt_passes.deploy.program import Program
-from torchopt_passes.errors import ConfigError, ExportError, VerificationError
+from torchopt_passes.errors import ConfigError, ExportError
 
 pytest.importorskip("executorch", reason="needs pip install 'torchopt_passes[executorch]'")
 # what the exporter warns of is not ours to change
@@ -111,24 +108,6 @@ def test_a_graph_rounded_for_another_runtime_says_what_to_do(tmp_path: Path) -> 
     graph = compressed("plain", "onnx", "int8")  # its linear returns float, and is given no bias
     with pytest.raises(ExportError, match=r'dequantize_per_channel.*InsertFakeQuant\(target="executorch"\)'):
         export(graph, tmp_path / "m.pte", dynamic=False)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("weight", "layer"), [("c2.weight", "conv2d_1"), ("fc.bias", "linear")])
-def test_a_wrong_file_is_refused_by_its_first_wrong_layer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str, layer: str
-) -> None:
-    write = ExecuTorchTarget.write
-
-    def wrong(self: ExecuTorchTarget, program: Program, path: Path) -> dict[str, str]:
-        exported = copy.deepcopy(program.exported)
-        name = next(name for name in exported.state_dict if name.endswith(weight))
-        exported.state_dict[name].data.view(-1)[0] += 10
-        return write(self, replace(program, exported=exported), path)
-
-    monkeypatch.setattr(ExecuTorchTarget, "write", wrong)
-    with pytest.raises(VerificationError, match=rf"first layer that differs: {layer} \(error.*No file was written"):
-        export(source("plain"), tmp_path / "m.pte")
     assert not list(tmp_path.iterdir())
 
 
