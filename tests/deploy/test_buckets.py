@@ -213,7 +213,7 @@ def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path, damage: str) 
     with pytest.raises(ExportError, match=message.get(damage, r"buckets.json is damaged.*Copy the folder again")):
         open_buckets(tmp_path)
     if damage == "absent":
-        with pytest.raises(ConfigError, match="the suffix tells no target"):
+        with pytest.raises(ConfigError, match="is a folder: open_buckets opens what"):
             top.open_artifact(tmp_path)
 
 

@@ -167,7 +167,7 @@ def open_artifact(path: str | Path) -> Artifact:
 
     Raises:
         ExportError: there is no such file, it is damaged or not one of ours, or its runtime cannot open it.
-        ConfigError: the suffix belongs to no target.
+        ConfigError: the suffix belongs to no target, or it is a folder (`open_buckets`).
         MissingExtraError: its runtime is not installed.
 
     Example:
@@ -177,6 +177,8 @@ def open_artifact(path: str | Path) -> Artifact:
         torchopt_passes.errors.ExportError: no file 'model.onnx'
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{str(path)!r} is a folder: open_buckets opens what export_buckets wrote")
     target = find_target(path)
     if not path.is_file():
         raise ExportError(f"no file {str(path)!r}")
