@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import torch
@@ -51,12 +53,23 @@ class PassCase:
 
     def start(self, model: str) -> tuple[fx.GraphModule, top.PassContext]:
         """Return the captured model with the earlier passes applied, and the context."""
-        source, inputs = build(model)
-        graph_module = top.capture(source, inputs)
-        context = top.PassContext(calibration=[(ZOO | OTHERS)[model][1](n) for n in (2, 3)])
-        for make in self.before:
-            make()(graph_module, context)
-        return graph_module, context
+        graph_module = copy.deepcopy(_prepared(model, self.before))
+        return graph_module, top.PassContext(calibration=_calibration(model))
+
+
+@cache
+def _prepared(model: str, before: tuple[Callable[[], top.GraphPass], ...]) -> fx.GraphModule:
+    """Return a graph that many tests copy: capture and calibration take longer than what they test."""
+    source, inputs = build(model)
+    graph_module = top.capture(source, inputs)
+    for make in before:
+        make()(graph_module, top.PassContext(calibration=_calibration(model)))
+    return graph_module
+
+
+def _calibration(model: str) -> list[tuple[torch.Tensor, ...]]:
+    torch.manual_seed(1)
+    return [(ZOO | OTHERS)[model][1](n) for n in (2, 3)]
 
 
 def _prune() -> top.GraphPass:
