@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from torchopt_passes.deploy.onnx_attention import attention_translation
+from torchopt_passes.deploy.onnx_pads import fuse_pads
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.deploy.stored_weights import onnx_translations
 from torchopt_passes.errors import ExportError
@@ -65,6 +66,7 @@ def to_onnx(program: Program, opset: int) -> Any:
         )
     if written is None:
         raise ExportError("torch.onnx.export returned nothing")
+    fuse_pads(written.model.graph)
     _tidy(written.model.graph, program)
     return written
 

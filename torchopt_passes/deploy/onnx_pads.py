@@ -1,0 +1,68 @@
+"""Zeros around an image become padding of the convolution that reads them: runtimes would write a larger image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["fuse_pads"]
+
+_PAIR = {"QuantizeLinear", "DequantizeLinear"}
+
+
+def fuse_pads(graph: Any) -> int:
+    """Move the zeros of ``Pad`` into the ``pads`` of convolutions, in place; returns how many.
+
+    ONNX, unlike torch, has convolutions with more padding on one side, as a stride of 2 has in networks that come from
+    TensorFlow. Rounding may lie in between, since 0 is 0 on every grid; without the fusion the image is an integer for
+    neither the pad nor what is in front of it. A pad that others read too, or pads channels, is left alone.
+
+    Args:
+        graph: of an ONNX model, as ``onnx_ir``.
+    """
+    return sum(_fuse(node) for node in list(graph) if node.op_type == "Conv")
+
+
+def _fuse(conv: Any) -> bool:
+    between: list[Any] = []
+    node = conv.inputs[0].producer()
+    while node is not None and node.op_type in _PAIR and _alone(node):
+        between.append(node)
+        node = node.inputs[0].producer()
+    pads = _zeros(node) if node is not None and node.op_type == "Pad" and _alone(node) else None
+    if pads is None or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+        return False
+    image = node.inputs[0]
+    for pair in between:  # no longer what the graph has under this name
+        value = pair.outputs[0]
+        value.name, value.shape = f"{value.name}_unpadded", image.shape
+    (between[-1] if between else conv).replace_input_with(0, image)
+    own = conv.attributes.get_ints("pads", [0] * len(pads))
+    conv.attributes.add(_ints("pads", [a + b for a, b in zip(own, pads, strict=True)]))
+    node.graph.remove(node, safe=True)
+    return True
+
+
+def _alone(node: Any) -> bool:
+    """Return whether one operation reads what a node gives."""
+    value = node.outputs[0]
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _zeros(pad: Any) -> list[int] | None:
+    """Return how many zeros a pad puts in front of and behind each spatial dim, None when it does anything else."""
+    values = [None if value is None else value.const_value for value in pad.inputs[1:]]
+    if pad.attributes.get_string("mode", "constant") != "constant" or len(pad.inputs) > 3 or not values[0]:
+        return None
+    if len(values) > 1 and pad.inputs[2] is not None and (values[1] is None or values[1].numpy().any()):
+        return None
+    sizes = values[0].numpy().tolist()
+    half = len(sizes) // 2
+    if min(sizes) < 0 or any(sizes[place] for place in (0, 1, half, half + 1)):
+        return None
+    return [*sizes[2:half], *sizes[half + 2 :]]
+
+
+def _ints(name: str, values: list[int]) -> Any:
+    from onnx_ir import AttrInt64s
+
+    return AttrInt64s(name, values)
