@@ -28,7 +28,9 @@ def _fuse(conv: Any) -> bool:
     while node is not None and node.op_type in _PAIR and _alone(node):
         between.append(node)
         node = node.inputs[0].producer()
-    pads = _zeros(node) if node is not None and node.op_type == "Pad" and _alone(node) else None
+    if node is None or node.op_type != "Pad" or not _alone(node):
+        return False
+    pads = _zeros(node)
     if pads is None or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
         return False
     image = node.inputs[0]
