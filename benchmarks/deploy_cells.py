@@ -33,6 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from benchmarks.deploy_cells_arms import ARMS, Arm, arms_of
 from benchmarks.deploy_cells_models import MODELS
 from benchmarks.deploy_cells_row import in_a_process, prepare
+from torchopt_passes.deploy.cpu import saturates
 
 RECORDS = Path(__file__).parent / "records"
 MACHINES = {"vnni": "CPU with VNNI", "no_vnni": "CPU without VNNI"}
@@ -153,10 +154,7 @@ def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> No
 
 def machine() -> str:
     """Return which of `MACHINES` this one is: int8 products are an instruction, or they are not."""
-    import torch
-
-    has = torch.cpu.get_capabilities()
-    return "vnni" if any(has.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) else "no_vnni"
+    return "no_vnni" if saturates("onnx") else "vnni"
 
 
 def environment() -> dict[str, Any]:

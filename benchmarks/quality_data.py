@@ -61,8 +61,12 @@ class Budget:
     def steps(self) -> int:
         return round(self.epochs * (TRAIN // BATCH))
 
+    def autocast(self) -> torch.autocast:
+        """Return the context that training and evaluation compute in."""
+        native = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16 and native)
 
-HAS_BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
 TRAINING = {
     "resnet20": Budget("sgd", rate=0.1, epochs=5, shift=2, bfloat16=True, cycles=2),
     "vit": Budget("adamw", rate=3e-3, epochs=4, shift=0, bfloat16=False),
@@ -112,7 +116,7 @@ def evaluate(model: nn.Module, split: Split, budget: Budget, limit: int | None =
     """Return the accuracy, 0..1, on the first `limit` images, in the precision of the budget."""
     model.eval()
     hits, total = 0, limit or len(split.labels)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=budget.bfloat16 and HAS_BFLOAT16):
+    with torch.no_grad(), budget.autocast():
         for start in range(0, total, 250):
             labels = split.labels[start : start + 250]
             pixels = split.pixels[start : start + 250].contiguous(memory_format=torch.channels_last)
@@ -154,7 +158,7 @@ def train(
             optimizer, rates, budget.steps, pct_start=0.1, cycle_momentum=False, final_div_factor=1e3
         )
         for batch in batches(split, budget.steps, seed, budget.shift):
-            with torch.autocast("cpu", torch.bfloat16, enabled=budget.bfloat16 and HAS_BFLOAT16):
+            with budget.autocast():
                 loss = model(**batch)["loss"]
             loss.backward()
             if regularize is not None:

@@ -13,8 +13,8 @@ def fuse_pads(graph: Any) -> int:
     """Move the zeros of ``Pad`` into the ``pads`` of convolutions, in place; returns how many.
 
     ONNX, unlike torch, has convolutions with more padding on one side, as a stride of 2 has in networks that come from
-    TensorFlow. Rounding may lie in between, since 0 is 0 on every grid; without the fusion the image is an integer for
-    neither the pad nor what is in front of it. A pad that others read too, or pads channels, is left alone.
+    TensorFlow. Rounding may lie in between, since 0 is 0 on every grid; runtimes would compute the pad, and what gives
+    the image, in float there. A pad that others read too, or pads channels, is left alone.
 
     Args:
         graph: of an ONNX model, as ``onnx_ir``.
@@ -38,8 +38,10 @@ def _fuse(conv: Any) -> bool:
         value = pair.outputs[0]
         value.name, value.shape = f"{value.name}_unpadded", image.shape
     (between[-1] if between else conv).replace_input_with(0, image)
+    from onnx_ir import AttrInt64s
+
     own = conv.attributes.get_ints("pads", [0] * len(pads))
-    conv.attributes.add(_ints("pads", [a + b for a, b in zip(own, pads, strict=True)]))
+    conv.attributes.add(AttrInt64s("pads", [a + b for a, b in zip(own, pads, strict=True)]))
     node.graph.remove(node, safe=True)
     return True
 
@@ -53,7 +55,7 @@ def _alone(node: Any) -> bool:
 def _zeros(pad: Any) -> list[int] | None:
     """Return how many zeros a pad puts in front of and behind each spatial dim, None when it does anything else."""
     values = [None if value is None else value.const_value for value in pad.inputs[1:]]
-    if pad.attributes.get_string("mode", "constant") != "constant" or len(pad.inputs) > 3 or not values[0]:
+    if pad.attributes.get_string("mode", "constant") != "constant" or len(pad.inputs) > 3 or values[0] is None:
         return None
     if len(values) > 1 and pad.inputs[2] is not None and (values[1] is None or values[1].numpy().any()):
         return None
@@ -62,9 +64,3 @@ def _zeros(pad: Any) -> list[int] | None:
     if min(sizes) < 0 or any(sizes[place] for place in (0, 1, half, half + 1)):
         return None
     return [*sizes[2:half], *sizes[half + 2 :]]
-
-
-def _ints(name: str, values: list[int]) -> Any:
-    from onnx_ir import AttrInt64s
-
-    return AttrInt64s(name, values)
