@@ -23,6 +23,8 @@ def fuse_pads(graph: Any) -> int:
 
 
 def _fuse(conv: Any) -> bool:
+    from onnx_ir import AttrInt64s
+
     between: list[Any] = []
     node = conv.inputs[0].producer()
     while node is not None and node.op_type in _PAIR and _alone(node):
@@ -38,8 +40,6 @@ def _fuse(conv: Any) -> bool:
         value = pair.outputs[0]
         value.name, value.shape = f"{value.name}_unpadded", image.shape
     (between[-1] if between else conv).replace_input_with(0, image)
-    from onnx_ir import AttrInt64s
-
     own = conv.attributes.get_ints("pads", [0] * len(pads))
     conv.attributes.add(AttrInt64s("pads", [a + b for a, b in zip(own, pads, strict=True)]))
     node.graph.remove(node, safe=True)
