@@ -1,4 +1,4 @@
-"""How faithful int8 models stay to float32 without training: ours next to torchao's PT2E and ONNX Runtime.
+"""How faithful int8 models stay to float32 without training: ours next to seven tools.
 
     python -m benchmarks.quality_quant                                # every arm of every model, a process each
     python -m benchmarks.quality_quant --models minilm --arms ours    # one of them
@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,15 @@ from torch import nn
 
 import torchopt_passes as top
 from benchmarks import quality_quant_resnet as resnet
+from benchmarks.deploy_cells_models import import_torchvision
 from benchmarks.quality_quant_data import Suite, efficientnet_lite0, minilm
+from benchmarks.quality_quant_runtimes import modelopt, runtime
 
 RECORD = Path(__file__).parent / "records" / "quality_quant.json"
-PACKAGES = ("torch", "torchao", "onnxruntime", "brevitas", "transformers", "timm", "torchopt_passes")
+PACKAGES = (
+    "torch", "torchao", "onnxruntime", "brevitas", "openvino", "nncf", "ai-edge-litert", "ai-edge-quantizer",
+    "executorch", "nvidia-modelopt", "transformers", "timm", "torchopt_passes",
+)  # fmt: skip
 SUITES: dict[str, Callable[[], Suite]] = {"efficientnet_lite0": efficientnet_lite0, "minilm": minilm}
 Run = Callable[[Any], torch.Tensor]
 """A batch -> logits, or the last hidden states."""
@@ -153,6 +159,10 @@ ARMS: dict[str, Callable[[Suite, dict[str, Any]], Run]] = {
     "pt2e": pt2e,
     "onnxruntime QInt8": onnxruntime("QInt8"),
     "onnxruntime QUInt8": onnxruntime("QUInt8"),
+    "openvino, nncf": runtime("openvino", "xml"),
+    "litert": runtime("litert", "tflite"),
+    "executorch": runtime("executorch", "pte"),
+    "modelopt": modelopt,
     "ours, calibrated": ours(method="histogram"),
     "ours, biases corrected": ours("smooth", "bias"),
     "ours": ours("smooth", "gptq", "bias"),
@@ -200,6 +210,8 @@ def row(model: str, arm: str) -> dict[str, Any]:
     torch.manual_seed(0)
     if model in resnet.MODELS:
         return resnet.row(model, arm)
+    with suppress(ImportError):
+        import_torchvision()  # Transformers and timm do
     suite, found = SUITES[model](), {}
     wanted = outputs(suite, float32(suite, {}))
     started = time.process_time()

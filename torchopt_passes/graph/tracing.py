@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from torchopt_passes._compat import pruned_names, size_guards
 from torchopt_passes.errors import CaptureError
+from torchopt_passes.graph.no_grad import inline_no_grad
 from torchopt_passes.graph.signature import CallSignature
 
 __all__ = ["Call", "Trace", "no_cache", "trace"]
@@ -106,7 +107,9 @@ def trace(model: nn.Module, call: Call, *, training: bool) -> Trace:
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return Trace(exported.module(check_guards=False), _dynamic_dims(exported), size_guards(exported))
+    module = exported.module(check_guards=False)
+    inline_no_grad(module)
+    return Trace(module, _dynamic_dims(exported), size_guards(exported))
 
 
 def _refuse_python_random(model: nn.Module, call: Call, drew: bool) -> None:
