@@ -46,6 +46,7 @@ def test_zeros_are_padding_of_the_convolution(int8: bool, tmp_path: Path) -> Non
     artifact, kinds, pads = written(module, tmp_path / "file.onnx", **options)
     assert "Pad" not in kinds
     assert pads == [[1, 1, 1, 1], [1 + 1, 0, 1 + 2, 1], [0, 0, 1, 1]]  # top, left, bottom, right
+    assert kinds.count("QuantizeLinear") == 4 * int8  # each value once, not on both sides of its pad
     x = torch.randn(3, 3, 15, 15)
     with torch.no_grad():
         wanted = module(x)

@@ -104,5 +104,5 @@ def test_a_part_under_autocast_is_refused_with_a_way_out() -> None:
             with torch.autocast("cpu", enabled=False):
                 return self.fc(nn.functional.dropout(x, 0.5, self.training))
 
-    with pytest.raises(CaptureError, match=r"under torch.autocast or torch.no_grad .*capture a submodule"):
+    with pytest.raises(CaptureError, match=r"under torch.autocast .*capture a submodule"):
         capture(Cast(), (torch.ones(3, 4),))

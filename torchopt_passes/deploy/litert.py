@@ -23,6 +23,7 @@ from torchopt_passes.deploy.base import WAYS_OUT, Runner, Target
 from torchopt_passes.deploy.calls import cause_of
 from torchopt_passes.deploy.first_layer import first_layer
 from torchopt_passes.deploy.grids import drop_identities, fold_static, make_signed, unfold_weights
+from torchopt_passes.deploy.litert_pads import fuse_pads
 from torchopt_passes.deploy.metadata import KEY, Metadata
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.errors import ConfigError, ExportError
@@ -32,6 +33,7 @@ __all__ = ["LiteRtTarget"]
 _IDENTIFIER = b"TFL3"
 _SIGNATURE = "serving_default"
 _CHECKSUM = f"{KEY}.sha256"
+_PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 # stands where the SHA-256 of the file will be, while that is computed
 _NO_DIGEST = hashlib.sha256(_CHECKSUM.encode()).digest()
 
@@ -94,14 +96,13 @@ class LiteRtTarget(Target):
             raise ExportError(f'LiteRT computes in float32: use model.float() and weights="float16" for {path.name}')
         if self.calibrates and not program.calibration:
             raise ConfigError('LiteRtTarget: weights="int16x8" needs calibration=: some batches of real data')
-        path.write_bytes(_convert(program))
+        path.write_bytes(_without_pads(_convert(program)))
         if self.weights != "float32":
             _compress(path, self.weights, [program.select(call) for call in program.calibration])
         return {"kernels": _kernels(path)} | ({"activations": "int16"} if self.calibrates else {})
 
     def stamp(self, path: Path, metadata: Metadata) -> None:
         """Add the metadata to the ``metadata`` entries of the file."""
-        import flatbuffers
         from ai_edge_litert import schema_py_generated as schema  # pyright: ignore[reportMissingImports]
 
         model = schema.ModelT.InitFromPackedBuf(bytearray(path.read_bytes()), 0)
@@ -113,9 +114,7 @@ class LiteRtTarget(Target):
             entry.name, entry.buffer = name, len(model.buffers)
             model.buffers.append(buffer)
             model.metadata.append(entry)
-        builder = flatbuffers.Builder(path.stat().st_size + len(text))
-        builder.Finish(model.Pack(builder), _IDENTIFIER)
-        written = bytes(builder.Output())
+        written = _packed(model)
         # beside it first: the runner may have the file mapped into memory
         draft = path.with_name("stamped.tflite")
         draft.write_bytes(written.replace(_NO_DIGEST, hashlib.sha256(written).digest()))
@@ -241,7 +240,7 @@ def _convert(program: Program) -> bytes:
     from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config  # pyright: ignore[reportMissingImports]
     from litert_torch.quantize.quant_config import QuantConfig  # pyright: ignore[reportMissingImports]
 
-    _check_open_ranges(program)
+    _check_open_sizes(program)
     # the quantizer itself is not asked for anything: it tells the converter that pairs mean static int8
     static = QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(get_symmetric_quantization_config()))
     module = program.exported.module(check_guards=False)
@@ -261,14 +260,16 @@ def _convert(program: Program) -> bytes:
         raise ExportError(f"litert_torch cannot convert {_where(error)}. {WAYS_OUT}") from error
 
 
-def _check_open_ranges(program: Program) -> None:
-    """Refuse what the converter fails at without naming it: it compares the bounds of a range with numbers."""
+def _check_open_sizes(program: Program) -> None:
+    """Refuse what the converter fails at late, or without naming it: it calculates with open sizes as numbers."""
     for node in program.exported.graph.nodes:
         bounds = [a for a in node.args if isinstance(a, fx.Node)] if "aten.arange" in str(node.target) else []
-        if bounds:
+        padded = node.meta["val"].shape if node.target in _PADS else ()
+        if bounds or not all(type(size) is int for size in padded):
+            why = "TypeError in its rewrite_arange" if bounds else "a pad of an open batch has a negative size there"
             raise ExportError(
-                f"litert_torch cannot convert {node.target} up to an open size ({node.name}; TypeError in its "
-                "rewrite_arange): give dynamic=False and one file for each size"
+                f"litert_torch cannot convert {node.target} up to an open size ({node.name}; {why}): give "
+                "dynamic=False and one file for each size"
             )
 
 
@@ -311,6 +312,21 @@ def _compress(path: Path, weights: str, calibration: Sequence[Sequence[torch.Ten
         )
     with _quiet():
         path.write_bytes(bytes(quantize.quantize(ranges).quantized_model))
+
+
+def _without_pads(content: bytes) -> bytes:
+    from ai_edge_litert import schema_py_generated as schema  # pyright: ignore[reportMissingImports]
+
+    model = schema.ModelT.InitFromPackedBuf(bytearray(content), 0)
+    return _packed(model) if fuse_pads(model) else content
+
+
+def _packed(model: Any) -> bytes:
+    import flatbuffers
+
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), _IDENTIFIER)
+    return bytes(builder.Output())
 
 
 def _interpreter(path: Path) -> Any:

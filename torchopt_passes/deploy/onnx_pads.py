@@ -36,14 +36,28 @@ def _fuse(conv: Any) -> bool:
     if pads is None or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
         return False
     image = node.inputs[0]
-    for pair in between:  # no longer what the graph has under this name
+    kept = [] if _rounded_alike(image, between) else between
+    for pair in kept:  # no longer what the graph has under this name
         value = pair.outputs[0]
         value.name, value.shape = f"{value.name}_unpadded", image.shape
-    (between[-1] if between else conv).replace_input_with(0, image)
+    (kept[-1] if kept else conv).replace_input_with(0, image)
     own = conv.attributes.get_ints("pads", [0] * len(pads))
     conv.attributes.add(AttrInt64s("pads", [a + b for a, b in zip(own, pads, strict=True)]))
-    node.graph.remove(node, safe=True)
+    node.graph.remove([*(() if kept else between), node], safe=True)
     return True
+
+
+def _rounded_alike(image: Any, between: list[Any]) -> bool:
+    """Return whether an image lies on the grid already that it would be rounded to."""
+    maker = image.producer()
+    if maker is None or maker.op_type != "DequantizeLinear":
+        return False
+    return all(_grid(one) is not None and _grid(one) == _grid(maker) for one in between)
+
+
+def _grid(pair: Any) -> list[Any] | None:
+    values = [value and value.const_value for value in pair.inputs[1:]]
+    return None if None in values else [(value.dtype, value.numpy().tolist()) for value in values]
 
 
 def _alone(node: Any) -> bool:

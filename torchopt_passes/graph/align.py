@@ -94,9 +94,9 @@ class _Merge:
         name = str(node.target)
         if not isinstance(value, torch.Tensor):
             raise CaptureError(
-                f"the model runs a part of its own under torch.autocast or torch.no_grad ({name}, a "
-                f"{type(value).__name__}), which one graph cannot hold for both modes: take that context out of the "
-                "forward, or capture a submodule without it"
+                f"the model runs a part of its own under torch.autocast ({name}, a {type(value).__name__}), which one "
+                "graph cannot hold for both modes: take that context out of the forward, or capture a submodule "
+                "without it"
             )
         if _has(self.module, name) and not _same_value(self.module, self.evaluation, name):
             name = f"_eval_{name.replace('.', '_')}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -16,8 +16,8 @@ _REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 def inline_no_grad(module: fx.GraphModule) -> None:
     """Bring the parts under ``torch.no_grad`` into the graph; what leaves them, or is written in place, is detached.
 
-    So no gradient goes through them, as in the source, and passes see their weights. A part that switches gradients
-    on again inside is left as it is.
+    So no gradient goes through them, as in the source, and passes see their weights. A part that holds one under
+    ``torch.autocast`` is left as it is.
 
     Args:
         module: an exported graph; changed in place.
@@ -31,28 +31,29 @@ def inline_no_grad(module: fx.GraphModule) -> None:
         >>> exported = torch.export.export(Scaled(), (torch.ones(2),))
         >>> module = exported.module()
         >>> inline_no_grad(module)
-        >>> [node.name for node in module.graph.nodes if node.op == "call_function"]
-        ['abs_1', 'max_1', 'detach', 'div']
+        >>> [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+        ['aten.abs.default', 'aten.max.default', 'aten.detach.default', 'aten.div.Tensor']
     """
     for node in module.graph.find_nodes(op="call_function", target=_REGION):
-        enabled, region, *inputs = node.args
-        body = module.get_submodule(str(region.target)).graph  # pyright: ignore[reportOptionalMemberAccess]
+        enabled, region, *inputs = cast("tuple[Any, ...]", node.args)
+        body: fx.Graph = getattr(module, region.target).graph
         if not enabled and not body.find_nodes(op="get_attr"):
             _inline(module.graph, node, body, inputs)
-            module.graph.erase_node(region)  # pyright: ignore[reportArgumentType]
-            module.delete_submodule(str(region.target))  # pyright: ignore[reportOptionalMemberAccess]
+            module.graph.erase_node(region)
+            delattr(module, region.target)
 
 
 def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph, inputs: list[Any]) -> None:
-    places = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
+    places: dict[Any, Any] = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
+    given: Any = body.output_node().args[0]
     with graph.inserting_before(node):
         for one in (one for one in body.nodes if one.op == "call_function"):
             writes = isinstance(one.target, torch._ops.OpOverload) and one.target._schema.is_mutable
-            take = (lambda given: _detached(places[given])) if writes else places.__getitem__
+            take = (lambda value: _detached(places[value])) if writes else places.__getitem__
             places[one] = graph.node_copy(one, take)
-        outputs = [_detached(places.get(one, one)) for one in body.output_node().args[0]]
+        outputs = [_detached(places.get(one, one)) for one in given]
     for user in list(node.users):  # each takes one output
-        user.replace_all_uses_with(outputs[user.args[1]], propagate_meta=False)
+        user.replace_all_uses_with(outputs[cast("int", user.args[1])], propagate_meta=False)
         graph.erase_node(user)
     graph.erase_node(node)
 

@@ -130,6 +130,32 @@ class StandardizedConv(nn.Conv2d):
         return F.conv2d(x, w, self.bias, padding=self.padding)
 
 
+@pytest.mark.parametrize(
+    ("pad", "shares"),
+    [
+        (lambda x: F.pad(x, (0, 1, 0, 1)), True),
+        (lambda x: F.pad(x, (0, 1, 0, 1), value=0.0), True),
+        (lambda x: aten.constant_pad_nd(x, (0, 1, 0, 1)), True),
+        (lambda x: F.pad(x, (0, 1, 0, 1), value=1.0), False),
+        (lambda x: aten.constant_pad_nd(x, (0, 1, 0, 1), 1.0), False),
+    ],
+    ids=["zeros", "0.0", "constant_pad_nd", "ones", "constant_pad_nd of ones"],
+)
+def test_zeros_around_an_image_are_on_its_grid(pad: Any, shares: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, stride=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(pad(self.one(x).relu()))
+
+    for target in ("onnx", "openvino", "litert"):
+        found = plan_of(Net(), torch.randn(2, 3, 8, 8), target=target)
+        of_pads = [p for p in found.places if "pad" in p.node]
+        assert [(p.quantizer == "act_relu", p.follow) for p in of_pads] == [(shares, shares)]
+
+
 @pytest.mark.parametrize("target", UINT8_TARGETS)
 @pytest.mark.parametrize(
     "make",

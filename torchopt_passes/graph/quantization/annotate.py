@@ -142,7 +142,7 @@ class _Reads:
                 continue
             if node.target in _SPLITS:
                 self._move_above_split(node, target)
-            elif self.all_rounded(node):
+            elif self.all_rounded(node) and not _pads_a_number(node):
                 self._move_above(node, follow=node.target in target.follow)
 
     def _move_above(self, node: fx.Node, *, follow: bool) -> None:
@@ -262,6 +262,16 @@ def _behind_activation(node: fx.Node) -> fx.Node:
 
 def _readers(node: fx.Node) -> set[fx.Node]:
     return {user for user in node.users if user.target is not aten.sym_size.int}
+
+
+def _pads_a_number(node: fx.Node) -> bool:
+    """Return whether a node surrounds a value with a number that need not be on its grid, unlike 0."""
+    mode, value = "constant", None
+    if node.target is aten.pad.default:
+        mode, value = (*node.args[2:], *("constant", None)[len(node.args) - 2 :])
+    elif node.target is aten.constant_pad_nd.default:
+        value = node.args[2] if len(node.args) > 2 else None
+    return mode == "constant" and value not in (None, 0)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

@@ -92,6 +92,8 @@ _VIEWS: frozenset[object] = frozenset(
         aten.slice.Tensor,
     }
 )
+# zero is on every grid
+_ZERO_PADS: frozenset[object] = frozenset({aten.pad.default, aten.constant_pad_nd.default})
 _MAX_POOLS: frozenset[object] = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 
 
@@ -108,7 +110,8 @@ class Target:
         rounded_adds: which operands of the residual sum behind a convolution are rounded: both, or only the one
             that is not the convolution (which adds it to its accumulator).
         bias_apart: kinds that run in int8 only without a bias (it is added behind them), when their result is 2-D.
-        follow: operations that move rounded values without leaving the grid: their results share its scale.
+        follow: operations that move rounded values without leaving the grid, pads with another number than 0 aside:
+            their results share its scale.
         fold_weights: whether converted weights are stored as integers (else rounded in the graph).
         no_grid: grids its kernels cannot take, such as ``"int8 activations"`` or ``"uint8 weights"`` -> why.
         any_grid: whether it takes grids that are fitted to each value, of 9 to 16 bits, and narrow floats, as no int8
@@ -179,7 +182,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
             rounded_adds="both",
             bias_apart=frozenset({"linear", "addmm"}),
-            follow=_MAX_POOLS | _VIEWS,
+            follow=_MAX_POOLS | _VIEWS | _ZERO_PADS,
         ),
         # OpenVINO: every kernel may return float from int8 operands; sums are fused into convolutions when their other
         # operand is rounded, and grids pass through pools and views
@@ -191,7 +194,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset(),
             rounded_adds="other",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS,
+            follow=_MAX_POOLS | _VIEWS | _ZERO_PADS,
         ),
         # TensorRT: explicit quantization, symmetric int8 alone; it fuses a rounded operand into a convolution's sum
         Target(
@@ -202,7 +205,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset(),
             rounded_adds="other",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS,
+            follow=_MAX_POOLS | _VIEWS | _ZERO_PADS,
             no_grid={
                 "uint8 activations": "its int8 is symmetric about zero",
                 "uint8 weights": "its int8 is symmetric about zero",
@@ -218,7 +221,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset({"conv1d", "conv2d", "linear", "addmm", "matmul"}),
             rounded_adds="both",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS,
+            follow=_MAX_POOLS | _VIEWS | _ZERO_PADS,
             no_grid={"uint8 weights": "its kernels take int8 weights about zero alone"},
             no_wide_grid="export the float model with LiteRtTarget(weights='int16x8') for 16-bit activations",
         ),
