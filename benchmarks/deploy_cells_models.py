@@ -128,6 +128,8 @@ def _torchvision(name: str) -> Cell:
     import torchvision
 
     model = getattr(torchvision.models, name)(weights=None)
+    if name.startswith("vit"):
+        nn.init.xavier_uniform_(model.heads.head.weight)  # zeros without weights: all classes alike
     return _pictures(name, model, pretrained=False)
 
 
