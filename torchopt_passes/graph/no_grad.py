@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from torchopt_passes._compat import is_operator
+
 __all__ = ["inline_no_grad"]
 
 aten = torch.ops.aten
@@ -48,7 +50,7 @@ def _inline(graph: fx.Graph, node: fx.Node, body: fx.Graph, inputs: list[Any]) -
     given: Any = body.output_node().args[0]
     with graph.inserting_before(node):
         for one in (one for one in body.nodes if one.op == "call_function"):
-            writes = isinstance(one.target, torch._ops.OpOverload) and one.target._schema.is_mutable
+            writes = is_operator(one.target) and one.target._schema.is_mutable
             take = (lambda value: _detached(places[value])) if writes else places.__getitem__
             places[one] = graph.node_copy(one, take)
         outputs = [_detached(places.get(one, one)) for one in given]
