@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.deploy_cells_arms import SUFFIX
 from benchmarks.deploy_cells_models import Cell, Encoder
 from benchmarks.deploy_cells_peers import MOST, PEERS
 from benchmarks.quality_quant_data import Suite
@@ -23,7 +24,7 @@ __all__ = ["modelopt", "runtime"]
 Run = Callable[[Any], torch.Tensor]
 
 
-def runtime(target: str, suffix: str) -> Callable[[Suite, dict[str, Any]], Run]:
+def runtime(target: str) -> Callable[[Suite, dict[str, Any]], Run]:
     """Make an arm: what a runtime's converter and quantizer write, run by that runtime."""
 
     def make(suite: Suite, found: dict[str, Any]) -> Run:
@@ -32,7 +33,7 @@ def runtime(target: str, suffix: str) -> Callable[[Suite, dict[str, Any]], Run]:
         is_text = isinstance(suite.calibration[0], dict)
         model = Encoder(suite.model).eval() if is_text else suite.model
         cell = Cell(suite.name, model, together(suite.calibration), together(suite.evaluation), pretrained=True)
-        path = Path(tempfile.mkdtemp()) / f"model.{suffix}"
+        path = Path(tempfile.mkdtemp()) / f"model.{SUFFIX[target]}"
         write(cell, path, "int8", MOST)
         run = read(path, "int8")
 

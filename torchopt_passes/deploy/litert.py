@@ -264,7 +264,8 @@ def _check_open_sizes(program: Program) -> None:
     """Refuse what the converter fails at late, or without naming it: it calculates with open sizes as numbers."""
     for node in program.exported.graph.nodes:
         bounds = [a for a in node.args if isinstance(a, fx.Node)] if "aten.arange" in str(node.target) else []
-        padded = node.meta["val"].shape if node.target in _PADS else ()
+        reflects = any(mode in node.args for mode in ("reflect", "replicate", "circular"))
+        padded = node.meta["val"].shape if node.target in _PADS and not reflects else ()
         if bounds or not all(type(size) is int for size in padded):
             why = "TypeError in its rewrite_arange" if bounds else "a pad of an open batch has a negative size there"
             raise ExportError(

@@ -92,8 +92,8 @@ _VIEWS: frozenset[object] = frozenset(
         aten.slice.Tensor,
     }
 )
-# zero is on every grid
-_ZERO_PADS: frozenset[object] = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+# zero is on every grid, and what is reflected was on it; other numbers are left out where a node is looked at
+_PADS: frozenset[object] = frozenset({aten.pad.default, aten.constant_pad_nd.default})
 _MAX_POOLS: frozenset[object] = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 
 
@@ -182,7 +182,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
             rounded_adds="both",
             bias_apart=frozenset({"linear", "addmm"}),
-            follow=_MAX_POOLS | _VIEWS | _ZERO_PADS,
+            follow=_MAX_POOLS | _VIEWS | _PADS,
         ),
         # OpenVINO: every kernel may return float from int8 operands; sums are fused into convolutions when their other
         # operand is rounded, and grids pass through pools and views
@@ -194,7 +194,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset(),
             rounded_adds="other",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS | _ZERO_PADS,
+            follow=_MAX_POOLS | _VIEWS | _PADS,
         ),
         # TensorRT: explicit quantization, symmetric int8 alone; it fuses a rounded operand into a convolution's sum
         Target(
@@ -205,7 +205,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset(),
             rounded_adds="other",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS | _ZERO_PADS,
+            follow=_MAX_POOLS | _VIEWS | _PADS,
             no_grid={
                 "uint8 activations": "its int8 is symmetric about zero",
                 "uint8 weights": "its int8 is symmetric about zero",
@@ -221,7 +221,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset({"conv1d", "conv2d", "linear", "addmm", "matmul"}),
             rounded_adds="both",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS | _ZERO_PADS,
+            follow=_MAX_POOLS | _VIEWS | _PADS,
             no_grid={"uint8 weights": "its kernels take int8 weights about zero alone"},
             no_wide_grid="export the float model with LiteRtTarget(weights='int16x8') for 16-bit activations",
         ),
