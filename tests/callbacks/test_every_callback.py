@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from tests.callbacks.cases import CASES, Case, exported
+from tests.callbacks.cases import CASES, ONE_OF_A_CLASS, Case, exported
 from tests.callbacks.loops import (
     collate,
     make_trainer,
@@ -29,10 +29,17 @@ from tests.callbacks.loops import (
     uncoupled,
 )
 from tests.callbacks.other_loops import LIGHTNING_WARNS, train_accelerate, train_lightning
+from tests.slow import all_but_slow
 from torchopt_passes.callbacks import Callback, L1Penalty, attach
 from torchopt_passes.errors import CallbackError
 
-EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+QUICK = {*ONE_OF_A_CLASS, "Distillation-features", "GradualPruning-captured", "GradualChannelPruning-captured"}
+EVERY = pytest.mark.parametrize("case", all_but_slow(CASES, QUICK), indirect=True)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
 
 
 def hooks_of(model: nn.Module) -> int:

@@ -10,10 +10,14 @@ from torch import nn
 
 from tests.graph import promises
 from tests.hf_models import MODELS, HFModel
+from tests.slow import all_but_slow
 from torchopt_passes.errors import CaptureError
 from torchopt_passes.graph.capture import CapturedModule, capture
 
 pytest.importorskip("transformers")
+
+CAPTURED = [name for name, spec in MODELS.items() if not spec.refused]
+QUICK = ("bert", "gpt2", "llama", "t5", "vit", "swin", "clip", "wav2vec2")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Captured:
         return self.spec.case(batch, other=other)
 
 
-@pytest.fixture(scope="module", params=[name for name, spec in MODELS.items() if not spec.refused])
+@pytest.fixture(scope="module", params=all_but_slow(CAPTURED, QUICK))
 def captured(request: pytest.FixtureRequest) -> Captured:
     spec = MODELS[request.param]
     torch.manual_seed(0)
