@@ -13,6 +13,7 @@ from torchopt_passes.errors import CaptureError
 from torchopt_passes.graph.capture import CapturedModule, capture
 from torchopt_passes.graph.inference import to_inference
 from torchopt_passes.graph.modes import FROZEN, MODE_ARGS, ONLY, in_one_mode, select, set_mode
+from torchopt_passes.graph.quantization import InsertFakeQuant, set_fake_quant, set_observers
 from torchopt_passes.graph.verify import evaluate
 
 
@@ -165,6 +166,33 @@ def test_proofs_and_inference_run_eval_mode_alone() -> None:
     inference = to_inference(graph.train())
     assert torch.equal(inference(x)[0], expected)
     assert graph.training
+
+
+def test_what_a_pass_puts_behind_a_node_of_training_alone_is_of_training_alone() -> None:
+    """Fake quantizers of an auxiliary head, as GoogLeNet has one: in eval mode its statistics must not be taken."""
+
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.aux, self.norm, self.out = (
+                nn.Linear(3, 3), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+            )  # fmt: skip
+
+        def forward(self, x: torch.Tensor) -> Any:
+            x = self.fc(x)
+            return (x, self.out(self.norm(self.aux(x)).relu())) if self.training else x
+
+    x = torch.randn(6, 3)
+    graph, source = both(Headed(), x)
+    InsertFakeQuant(target="inductor")(graph)
+    set_fake_quant(graph, False)
+    set_observers(graph, False)
+    before = copy.deepcopy(graph.state_dict())
+    assert torch.equal(graph.eval()(x), source.eval()(x))
+    assert all(torch.equal(before[name], tensor) for name, tensor in graph.state_dict().items())
+    found = seeded(graph.train(), x)
+    assert all(torch.equal(a, b) for a, b in zip(found, seeded(source.train(), x), strict=True))
+    assert not torch.equal(graph.state_dict()["norm.running_mean"], before["norm.running_mean"])
 
 
 def test_modes_survive_a_rewrite() -> None:

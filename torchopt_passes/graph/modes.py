@@ -100,10 +100,20 @@ def in_one_mode(graph: fx.Graph, training: bool) -> fx.Graph:
         count = train_spec.num_leaves
         output.args = (tuple(values[:count] if training else values[count:]),)
         set_output_spec(graph, train_spec if training else eval_spec)
-    for node in reversed(graph.nodes):
-        if node.op == "call_function" and node.meta.get(ONLY, chosen) != chosen and not node.users:
+    for node in _of_the_other_mode(graph, chosen):
+        if not node.users:
             graph.erase_node(node)
     return graph
+
+
+def _of_the_other_mode(graph: fx.Graph, chosen: str) -> list[fx.Node]:
+    """Return what the other mode alone runs, last first: marked nodes, and what passes have put behind them."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        marked = node.meta.get(ONLY, chosen) != chosen
+        if node.op.startswith("call_") and (marked or any(one in found for one in node.all_input_nodes)):
+            found[node] = None
+    return [*reversed(found)]
 
 
 def _set(node: fx.Node, argument: int | str, value: Any) -> bool:
