@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from torchopt_passes.deploy.calls import (
@@ -102,17 +103,16 @@ def read_program(
         ExportError: ``torch.export`` cannot trace the module.
     """
     call = example_call(module, example_inputs)
-    roomy = _of_batch_two(call) if dynamic in ("auto", "batch") else call
-    try:
-        program = _read(module, roomy, dynamic, outputs, prepare)
-    except TorchOptError:
-        if roomy is call:
-            raise
-    else:
-        if roomy is call or any("batch" in spec.shape for spec in program.inputs):
+    own: Program | None = None
+    for roomy in _roomy(call) if dynamic in ("auto", "batch") else ():
+        try:
+            program = _read(module, roomy, dynamic, outputs, prepare)
+        except TorchOptError:
+            continue
+        if any("batch" in spec.shape for spec in program.inputs):
             return program
-    # torch.export fixes dims of size 1, so a batch of one was doubled; a model with a fixed batch gets its own again
-    return _read(module, call, dynamic, outputs, prepare)
+        own = program if roomy is call else own
+    return own or _read(module, call, dynamic, outputs, prepare)
 
 
 def _read(
@@ -208,8 +208,15 @@ def _dims(name: str, value: Any, batch: int | None, dynamic: Dynamic) -> dict[in
     return dims
 
 
-def _of_batch_two(call: Inputs) -> Inputs:
-    return resize_batch(call, 2) if batch_size(call) == 1 else call
+def _roomy(call: Inputs) -> list[Inputs]:
+    """Return calls whose batch ``torch.export`` can leave open: it fixes sizes of 1, and any it takes for another.
+
+    With strides of 48 n and 96, say, a batch of n = 2 is what makes them equal, and it stays 2; a prime is rarely met.
+    """
+    size = batch_size(call)
+    if size is None:
+        return [call]
+    return [resize_batch(call, 2) if size == 1 else call, resize_batch(call, 7)]
 
 
 def _spec(name: str, node: Any, example: torch.Tensor, symbols: dict[str, str], batch: int | None) -> TensorSpec:
@@ -218,7 +225,7 @@ def _spec(name: str, node: Any, example: torch.Tensor, symbols: dict[str, str], 
     for dim, size in enumerate(node.meta["val"].shape):
         is_batch = dim == 0 and example.shape[0] == batch
         default = "batch" if is_batch else f"{name}_{dim}"
-        shape.append(size if isinstance(size, int) else symbols.setdefault(str(size), default))
+        shape.append(int(size) if is_concrete_int(size) else symbols.setdefault(str(size), default))
     return TensorSpec(
         name=name,
         dtype=str(example.dtype).removeprefix("torch."),

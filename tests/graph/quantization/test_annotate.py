@@ -341,3 +341,14 @@ def test_second_insertion_finds_every_operation_done() -> None:
 def test_unknown_target_lists_the_known_ones() -> None:
     with pytest.raises(top.ConfigError, match=r"inductor.*onnx"):
         get_target("tpu")
+
+
+def test_a_module_s_name_may_hold_a_hyphen() -> None:
+    """torchvision's RegNets have blocks called ``block1-0``."""
+    model = nn.Sequential()
+    model.add_module("block1-0", nn.Linear(4, 4))
+    model.add_module("block1_0", nn.Linear(4, 4))
+    graph = top.capture(model.eval(), (torch.randn(2, 4),))
+    plan = top.InsertFakeQuant(target="onnx", qat=False)(graph).plan
+    names = {edit.target: edit.quantizer for edit in plan.edits if edit.target.endswith("weight")}
+    assert names == {"block1-0.weight": "block1_0_weight", "block1_0.weight": "block1_0_weight_1"}

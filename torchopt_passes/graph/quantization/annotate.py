@@ -6,6 +6,7 @@ moves up through operations that only move values, to the value they came from; 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -298,8 +299,8 @@ def _called(op: Operation) -> str:
 
 
 def _identifier(fqn: str) -> str:
-    """Return a parameter's name as a submodule's: of an ``nn.Sequential``, ``0.weight`` starts with a digit."""
-    name = fqn.replace(".", "_")
+    """Return a parameter's name as a submodule's: ``0.weight`` starts with a digit, ``b-0.weight`` has a hyphen."""
+    name = re.sub(r"\W", "_", fqn)
     return name if name.isidentifier() else f"_{name}"
 
 
