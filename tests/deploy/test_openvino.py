@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.deploy.sources import get
 from torchopt_passes.deploy import Artifact, OpenVinoTarget, export, open_artifact
@@ -51,6 +52,30 @@ def test_float16_weights_take_half_the_file(tmp_path: Path, name: str) -> None:
     sizes = [artifact.files[1].stat().st_size for artifact in (whole, half)]
     # the indices and constants of the graph are integers, and stay
     assert sizes[1] <= (0.501 if name == "plain" else 0.51) * sizes[0]
+
+
+def test_a_batch_norm_of_a_mean_has_the_scales_of_its_channels(tmp_path: Path) -> None:
+    """The runtime (2026.4) takes the norm and the rounding into the mean, and takes wrong channels then."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm, self.head = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(self.fc(x).mean(1)))
+
+    torch.manual_seed(0)
+    model = Pooled().eval()
+    nn.init.uniform_(model.norm.weight, 0.2, 3.0)
+    nn.init.normal_(model.norm.bias)
+    x = torch.randn(100, 5, 8)
+    artifact = export(model, tmp_path / "m.xml", example_inputs=x[:2], quantization="int8", calibration=[x])
+    assert artifact.metadata.layers == {"linear int8": 2}
+    found, expected = artifact(x), model(x).detach()
+    assert isinstance(found, torch.Tensor)
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+    assert torch.equal(torch.cat([artifact(row) for row in x.split(20)]), found)  # pyright: ignore
 
 
 def test_int8_is_judged_as_int8(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ class OpenVinoTarget(Target):
         try:
             save_onnx(program, _OPSET, draft)
             model = openvino.convert_model(str(draft))
+            if program.precision == "int8":
+                _squeeze_apart(model)
             # its weights may still be those of the draft, mapped into memory
             openvino.save_model(model, str(path), compress_to_fp16=self.weights == "float16")
         finally:
@@ -136,6 +138,25 @@ class _Compiled:
         device = inputs[0].device if inputs else torch.device("cpu")
         results = self._request.infer(_arrays(inputs), share_inputs=True)
         return [torch.from_numpy(results[place].copy()).to(device) for place in range(self._outputs)]
+
+
+def _squeeze_apart(model: Any) -> None:
+    """Let means keep the dims that they are over, and drop these in an operation of their own, in place.
+
+    A batch norm and a rounding that follow are computed within the mean, with the scales of wrong channels where it
+    drops dims (2026.4): of ``(n, 4, 64)`` to ``(n, 64)``, all values are wrong.
+    """
+    from openvino import opset13
+
+    for mean in model.get_ordered_ops():
+        if mean.get_type_name() != "ReduceMean" or mean.get_attributes()["keep_dims"]:
+            continue
+        value, dims = (mean.input_value(place) for place in (0, 1))
+        kept = opset13.reduce_mean(value, dims, keep_dims=True)
+        squeezed = opset13.squeeze(kept, dims)
+        squeezed.set_friendly_name(mean.get_friendly_name())
+        for reader in mean.output(0).get_target_inputs():
+            reader.replace_source_output(squeezed.output(0))
 
 
 def _arrays(inputs: Sequence[torch.Tensor]) -> list[Any]:
