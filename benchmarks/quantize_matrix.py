@@ -1,7 +1,7 @@
 """Every model of the capture matrix, for both int8 targets: prepared, calibrated, converted and run.
 
     .venv/bin/python -m benchmarks.quantize_matrix transformers      # all, or the named ones: ... transformers bert t5
-    .venv-2.14/bin/python -m benchmarks.quantize_matrix torchvision
+    .venv-2.14.1/bin/python -m benchmarks.quantize_matrix torchvision
 
 One row a model and target in benchmarks/records/quantize_matrix.csv, written as it is ready; one that is run again
 replaces the old one. The checks are those of tests/graph/quantization/test_every_model.py. Weights are random and one
