@@ -22,7 +22,7 @@ manners = settings(deadline=None, derandomize=True, database=None, suppress_heal
 needs_groups = pytest.mark.skipif(not hasattr(top, "find_channel_groups"), reason="channel groups are not found yet")
 
 
-@settings(manners, max_examples=5)
+@settings(manners, max_examples=15)
 @given(networks())
 def test_every_network_runs_and_is_captured(network: Network) -> None:
     model, inputs = build(network)
@@ -41,7 +41,7 @@ def test_every_network_runs_and_is_captured(network: Network) -> None:
 
 
 @needs_groups
-@settings(manners, max_examples=15)
+@settings(manners, max_examples=30)
 @given(networks(), st.data())
 def test_random_removals_leave_what_stays_as_it_was(network: Network, data: st.DataObject) -> None:
     model, _ = build(network)
