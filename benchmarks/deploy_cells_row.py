@@ -96,4 +96,5 @@ def _row(cell: Cell, wanted: torch.Tensor, arm: Arm, batch: int, folder: Path) -
 
         report = top.open_artifact(path).report()
         row |= {"kernels": report.get("kernels", ""), "sizes": report.get("sizes", "")}
+        row |= {name: report[f"verified {name}"] for name in ("error", "tolerance")}
     return row

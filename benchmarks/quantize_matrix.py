@@ -29,8 +29,8 @@ from tests.graph.quantization.every_model import broken_promises, quantize_model
 RECORD = Path(__file__).resolve().parent / "records" / "quantize_matrix.csv"
 PROVED = 200_000_000  # parameters; above, the proof's float64 copies do not fit beside the rest
 FIELDS: tuple[str, ...] = (
-    "family", "model", "target", "operations", "int8", "float", "rounded", "converted", "other sizes", "off", "proof",
-    "intact", "broken", "seconds",
+    "family", "model", "target", "operations", "int8", "float", "rounded", "converted", "other sizes", "exact", "off",
+    "proof", "intact", "broken", "seconds",
 )  # fmt: skip
 
 
@@ -52,6 +52,7 @@ def row_of(family: str, name: str, target: str, spec: Any) -> dict[str, Any]:
         "rounded": f"{row.rounded:.2g}",
         "converted": f"{row.converted:.2g}",
         "other sizes": f"{row.other_sizes:.2g}",
+        "exact": "" if row.exact is None else f"{row.exact:.2g}",
         "off": f"{row.off:.2g}",
         "proof": row.proof,
         "intact": row.intact,
@@ -62,12 +63,12 @@ def row_of(family: str, name: str, target: str, spec: Any) -> dict[str, Any]:
 
 def write(row: dict[str, Any]) -> None:
     rows = {(r["family"].split()[0], r["model"], r["target"]): r for r in read()}
-    rows[row["family"].split()[0], row["model"], row["target"]] = {name: str(row.get(name, "")) for name in FIELDS}
+    rows[row["family"].split()[0], row["model"], row["target"]] = row
     partial = RECORD.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows.values())
+        writer.writerows({name: r.get(name, "") for name in FIELDS} for r in rows.values())
     partial.replace(RECORD)
 
 
