@@ -13,6 +13,7 @@ import torchopt_passes as top
 from benchmarks.deploy_cells_models import MODELS, Cell
 from benchmarks.deploy_cells_peers import MOST, PEERS, Call, compile_frozen
 from torchopt_passes.deploy.cpu import saturates
+from torchopt_passes.graph.quantization.targets import get_target
 
 __all__ = ["ARMS", "Arm", "arms_of"]
 
@@ -91,6 +92,8 @@ def tuned(cell: Cell, target: str) -> Any:
     context = top.PassContext(calibration=calibration, prove=False)
     if cell.text:
         top.SmoothActivations(alpha=0.8, insert=True)(graph, context)
+        if "linear" in get_target(target).rounded_outputs:
+            top.ScaleOutputs()(graph, context)
     top.InsertFakeQuant(target=target, qat=False, reduce_range=saturates(target))(graph, context)
     top.Calibrate(method="minmax" if cell.text else "mse")(graph, context)
     top.RoundWeights()(graph, context)

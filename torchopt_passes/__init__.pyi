@@ -124,6 +124,7 @@ from .graph.quantization import LearnSteps as LearnSteps
 from .graph.quantization import CorrectBias as CorrectBias
 from .graph.quantization import EqualizeLayers as EqualizeLayers
 from .graph.quantization import ReestimateBatchNorm as ReestimateBatchNorm
+from .graph.quantization import ScaleOutputs as ScaleOutputs
 from .graph.quantization import ScaleWeights as ScaleWeights
 from .graph.quantization import SmoothActivations as SmoothActivations
 from .graph.quantization import SplitOutliers as SplitOutliers

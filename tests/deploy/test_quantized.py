@@ -11,6 +11,7 @@ import torch
 
 import torchopt_passes as top
 from tests.deploy.sources import bert, plain
+from tests.graph.quantization.test_scale_outputs import encoder
 from torchopt_passes.deploy import export, open_artifact
 from torchopt_passes.deploy.cpu import SATURATING_TARGETS, saturates
 from torchopt_passes.deploy.quantized import quantized
@@ -111,3 +112,19 @@ def test_tensorrt_files_are_explicitly_quantized_and_symmetric(tmp_path: Path) -
     made = {name: node for node in graph.node for name in node.output}
     for conv in convs.values():
         assert [made[name].op_type for name in conv.input[:2]] == ["DequantizeLinear"] * 2
+
+
+@pytest.mark.filterwarnings("ignore")  # of the converters
+@pytest.mark.parametrize(
+    ("target", "name", "needs"),
+    [("litert", "m.tflite", "litert_torch"), ("executorch", "m.pte", "executorch"), ("openvino", "m.xml", "openvino")],
+)
+def test_large_channels_of_a_residual_stream(tmp_path: Path, target: str, name: str, needs: str) -> None:
+    pytest.importorskip(needs)
+    model, batches = encoder()
+    x = batches[0][0]
+    artifact = export(model, tmp_path / name, target, example_inputs=(x,), quantization="int8", calibration=batches)
+    with torch.no_grad():
+        found, expected = artifact(x), model(x)
+    assert isinstance(found, torch.Tensor)
+    assert float((found - expected).norm() / expected.norm()) < 0.03

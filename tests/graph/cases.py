@@ -22,6 +22,7 @@ from torchopt_passes.graph.quantization import (
     EqualizeLayers,
     InsertFakeQuant,
     ReestimateBatchNorm,
+    ScaleOutputs,
     ScaleWeights,
     SmoothActivations,
     SplitOutliers,
@@ -165,6 +166,13 @@ CASES: dict[str, PassCase] = {
         calibrated=True,
         keeps_objects=False,
         bad=({"alpha": 1.5}, {"max_batches": 0}),
+    ),
+    "scale_outputs": PassCase(
+        make=lambda: ScaleOutputs(min_gain=0.1),
+        models=("attention",),
+        calibrated=True,
+        keeps_objects=False,
+        bad=({"min_gain": 0.0}, {"max_batches": 0}),
     ),
     # tries exponents on what it scaled: a weight that it scaled is left alone the second time
     "scale_weights": PassCase(

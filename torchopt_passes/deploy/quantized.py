@@ -21,7 +21,9 @@ from torchopt_passes.graph.quantization.convert_quantized import ConvertQuantize
 from torchopt_passes.graph.quantization.correct_bias import CorrectBias
 from torchopt_passes.graph.quantization.insert_fake_quant import InsertFakeQuant
 from torchopt_passes.graph.quantization.quantize_weights import QuantizeWeights
+from torchopt_passes.graph.quantization.scale_outputs import ScaleOutputs
 from torchopt_passes.graph.quantization.smooth_activations import SmoothActivations
+from torchopt_passes.graph.quantization.targets import get_target
 
 __all__ = ["quantized"]
 
@@ -35,8 +37,9 @@ def quantized(
 
     Biases are corrected, and embeddings are stored in int8 with a scale for each row. Where there are layer norms or
     RMS norms, a few channels behind them are far larger than the rest and matter: they are smoothed first, and ranges
-    hold all that was seen (sentence embeddings of MiniLM keep a mean cosine of 0.998, see docs/deploy_cells.md). On an
-    x86 CPU without VNNI weights get 7 bits (`saturates`).
+    hold all that was seen (sentence embeddings of MiniLM keep a mean cosine of 0.998, see docs/deploy_cells.md). Where
+    kernels of linears return int8, output channels that differ much get one range. On an x86 CPU without VNNI weights
+    get 7 bits (`saturates`).
 
     Args:
         module: an ``nn.Module`` or a captured graph; left as it was.
@@ -74,6 +77,7 @@ def _steps(graph: fx.GraphModule, target: str) -> list[GraphPass]:
     normed = bool(called & _NORMS)
     return [
         *([SmoothActivations(alpha=0.8, insert=True)] if normed else []),
+        *([ScaleOutputs()] if normed and "linear" in get_target(target).rounded_outputs else []),
         insert,
         Calibrate(method="minmax" if normed else "histogram"),
         CorrectBias(max_batches=2),

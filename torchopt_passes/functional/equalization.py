@@ -11,6 +11,7 @@ __all__ = [
     "activation_scale",
     "carried_bias",
     "equalization_scale",
+    "output_scale",
     "pool_moments",
     "smoothing_scale",
     "split_channels",
@@ -108,6 +109,26 @@ def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float
     """
     scale = activation.pow(alpha) / weight.pow(1.0 - alpha)
     return torch.where((activation > 0) & (weight > 0) & torch.isfinite(scale), scale, 1.0)
+
+
+def output_scale(largest: torch.Tensor) -> torch.Tensor:
+    """Return the scale by which each output channel is divided, so that all reach as far.
+
+    Formula:
+        s_c = m_c / sqrt(max(m) min(m)), so that the scales lie around 1; m_c = max|Y_c|, at least max(m) / 1024
+
+    Args:
+        largest: max|Y_c|, shape [C].
+
+    Source:
+        Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1: the
+        range of each channel as its scale.
+
+    Example:
+        >>> output_scale(torch.tensor([1.0, 16.0]))
+        tensor([0.2500, 4.0000])
+    """
+    return activation_scale(largest.clamp(min=float(largest.max()) / 1024), 1.0)
 
 
 def activation_scale(mean: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -222,7 +222,7 @@ def test_inputs_that_feed_a_residual_are_divided_explicitly() -> None:
             linear.weight[:, OUTLIERS] *= 0.1
     graph_module = top.capture(model, batches[0]).eval()
     plan = SmoothActivations(insert=True).plan(graph_module, top.PassContext(calibration=batches))
-    (divided,) = [edit for edit in plan.edits if edit.kind == "divide_input"]
+    (divided,) = [edit for edit in plan.edits if edit.kind == "scale_value"]
     x = torch.cat([model.norm(batch[0]).detach().flatten(0, 1) for batch in batches]).abs().amax(0)
     w = torch.stack([model.one.weight, model.two.weight]).detach().abs().amax((0, 1))
     torch.testing.assert_close(divided.scale, (x / w).sqrt())  # pyright: ignore[reportAttributeAccessIssue]

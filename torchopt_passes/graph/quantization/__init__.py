@@ -17,6 +17,7 @@ from torchopt_passes.graph.quantization.reestimate_batch_norm import ReestimateB
 from torchopt_passes.graph.quantization.relu6 import BoundReLU6, ReplaceReLU6
 from torchopt_passes.graph.quantization.rescale import ScaleChannels, SetTensor
 from torchopt_passes.graph.quantization.round_weights import RoundWeights
+from torchopt_passes.graph.quantization.scale_outputs import ScaleOutputs
 from torchopt_passes.graph.quantization.scale_weights import ScaleWeights
 from torchopt_passes.graph.quantization.smooth_activations import SmoothActivations
 from torchopt_passes.graph.quantization.split_outliers import SplitChannels, SplitOutliers
@@ -44,6 +45,7 @@ __all__ = [
     "ReplaceReLU6",
     "RoundWeights",
     "ScaleChannels",
+    "ScaleOutputs",
     "ScaleWeights",
     "SetObserverState",
     "SetTensor",

@@ -12,7 +12,6 @@ from torchopt_passes.functional.equalization import smoothing_scale
 from torchopt_passes.graph.base import GraphPass, PassContext
 from torchopt_passes.graph.edit import Edit, Skip
 from torchopt_passes.graph.plan import Plan
-from torchopt_passes.graph.quantization.divide_input import DivideInput, SharedInput, find_inputs
 from torchopt_passes.graph.quantization.layer_inputs import AbsMax, required, watch_values
 from torchopt_passes.graph.quantization.rescale import (
     ScaleChannels,
@@ -23,6 +22,7 @@ from torchopt_passes.graph.quantization.rescale import (
     usable_sites,
 )
 from torchopt_passes.graph.quantization.scale_pairs import Site
+from torchopt_passes.graph.quantization.scale_value import ScaleValue, SharedInput, find_inputs
 
 __all__ = ["SmoothActivations"]
 
@@ -113,8 +113,8 @@ class SmoothActivations(GraphPass):
         numbers = {"activation_max": float(activation.max()), "smoothed_max": float((activation / scale).max())}
         numbers |= {"alpha": self.alpha, "scale_min": float(scale.min()), "scale_max": float(scale.max())}
         users = tuple(user.name for user in shared.users)
-        divided = DivideInput(
-            target=shared.value.name, reason=reason, numbers=numbers, users=users, scale=scale.clone()
+        divided = ScaleValue(
+            target=shared.value.name, reason=reason, numbers=numbers, users=users, scale=scale.clone(), divide=True
         )
         scaled = [
             ScaleChannels(target=fqn, reason=reason, numbers=numbers, dim=dim, scale=scale.clone(), by=self.name)
