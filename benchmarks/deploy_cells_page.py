@@ -29,7 +29,8 @@ makes, next to what the runtime's own tools make of the same model and calibrati
 - **MB**: of the file; behind it the share of our float32 file for the same target.
 - **cosine, agreement**: with the float32 model, on 240 random crops of real photos (the same first class) or 240
   English sentences (the same nearest neighbour), 42 for seeded weights. In brackets: the peer's.
-- **tuned**: `SmoothActivations` and, where kernels return int8, `ScaleOutputs` (texts), `Calibrate`, `RoundWeights` and `CorrectBias` before the export.
+- **tuned**: `SmoothActivations` and, where kernels return int8, `ScaleOutputs` (texts), `Calibrate`, `RoundWeights` and
+  `CorrectBias` before the export.
   **int8 bfloat16**: what is not in int8 is computed in bfloat16, `precision="bfloat16"`; the peer then runs with
   OpenVINO's own choice.
 - **Peers.** Inductor: torchao PT2E with `X86InductorQuantizer`, compiled with freezing. ONNX Runtime: `torch.onnx` and
