@@ -98,7 +98,10 @@ def tuned(cell: Cell, target: str) -> Any:
     top.Calibrate(method="minmax" if cell.text else "mse")(graph, context)
     top.RoundWeights()(graph, context)
     top.CorrectBias()(graph, context)
-    return top.ConvertQuantized()(graph.eval(), context).graph_module
+    top.ConvertQuantized()(graph.eval(), context)
+    if cell.text:
+        top.QuantizeWeights(linears=False, embeddings=True)(graph, context)
+    return graph
 
 
 _TARGETS = ("inductor", "onnx", "openvino", "litert", "executorch")

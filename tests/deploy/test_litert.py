@@ -212,6 +212,20 @@ def test_int8_weights_with_int16_activations(tmp_path: Path) -> None:
         assert torch.equal(again(**call), artifact(**call))  # pyright: ignore
 
 
+def test_equal_vectors_stand_in_a_file_once(files: dict[str, Artifact]) -> None:
+    import flatbuffers  # pyright: ignore[reportMissingImports]
+    from ai_edge_litert import schema_py_generated as schema  # pyright: ignore[reportMissingImports]
+
+    content = files["plain int8"].path.read_bytes()
+    model = schema.ModelT.InitFromPackedBuf(bytearray(content), 0)
+    grids = [t.quantization for t in model.subgraphs[0].tensors if t.quantization is not None]
+    lengths = [len(grid.zeroPoint) for grid in grids if grid.zeroPoint is not None]
+    repeated = 8 * (sum(lengths) - sum(set(lengths)))  # int64; all are zero where there is more than one
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    assert repeated > 500 and len(builder.Output()) - len(content) >= repeated - 8 * lengths.count(1)
+
+
 def test_files_are_timed_side_by_side(files: dict[str, Artifact]) -> None:
     paths = [files[name].path for name in ("plain", "plain int8")]
     rows = benchmark_files(paths, batches=(1, 8), runs=2, warmup=1, threads=1).rows()
