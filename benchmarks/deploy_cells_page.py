@@ -28,7 +28,9 @@ makes, next to what the runtime's own tools make of the same model and calibrati
 - **of peer**: speed relative to the peer's file for the same runtime and precision; 1.00 is as fast, 2.00 twice.
 - **MB**: of the file; behind it the share of our float32 file for the same target.
 - **cosine, agreement**: with the float32 model, on 240 random crops of real photos (the same first class) or 240
-  English sentences (the same nearest neighbour), 42 for seeded weights. In brackets: the peer's.
+  English sentences (the same nearest neighbour), 48 for seeded weights. In brackets: the peer's.
+- **error**: of our file from the model it came from, for int8 the int8 graph, as the export verifies it; in brackets
+  what is allowed: 1e-4, for int8 0.03 or 1.5 times the rounding noise of the graph (0.5 for seeded weights).
 - **tuned**: `SmoothActivations` and, where kernels return int8, `ScaleOutputs` (texts), `Calibrate`, `RoundWeights` and
   `CorrectBias` before the export.
   **int8 bfloat16**: what is not in int8 is computed in bfloat16, `precision="bfloat16"`; the peer then runs with
@@ -157,8 +159,8 @@ def _pairs(table: Table) -> Iterator[tuple[Row, Row]]:
 
 
 def _lines(table: Table) -> Iterator[str]:
-    yield "| target | precision | ms, batch 1 | of peer | ms, batch 8 | of peer | MB | cosine | agreement |"
-    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
+    yield "| target | precision | ms, batch 1 | of peer | ms, batch 8 | of peer | MB | cosine | agreement | error |"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     base = table.get(("compile", "float32", "peer"), {})
     peers = {id(row): peer for row, peer in _pairs(table)}
     for (target, precision, maker), row in table.items():
@@ -168,7 +170,7 @@ def _lines(table: Table) -> Iterator[str]:
         name = {"eager": "eager PyTorch", "compile": "torch.compile, freezing"}.get(target, target)
         kind = precision if maker in ("ours", "peer") else f"{precision}, {maker}"
         if "failed" in row:
-            yield f"| {name} | {kind} | does not work | | | | | | |"
+            yield f"| {name} | {kind} | does not work | | | | | | | |"
             continue
         cells = []
         for batch in BATCHES:
@@ -180,7 +182,8 @@ def _lines(table: Table) -> Iterator[str]:
         size = f"{row['bytes'] / 1e6:.1f}" if "bytes" in row else "-"
         size += f" ({share:.2f})" if share is not None and precision != "float32" else ""
         faith = [_faithful(row, peer, measure) for measure in ("cosine", "agreement")]
-        yield f"| {name} | {kind} | {' | '.join([*cells, size, *faith])} |"
+        error = f"{row['error']:.1e} ({row['tolerance']:.1e})" if "error" in row else "-"
+        yield f"| {name} | {kind} | {' | '.join([*cells, size, *faith, error])} |"
 
 
 def _faithful(row: Row, peer: Row, measure: str) -> str:
