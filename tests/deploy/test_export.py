@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tests.deploy.conftest import Exported
 from tests.deploy.sources import get, int8
 from torchopt_passes.deploy import Artifact, InductorTarget, OnnxTarget, export, open_artifact, targets
 from torchopt_passes.deploy.calls import run_source
-from torchopt_passes.errors import ConfigError, MissingExtraError, VerificationError
+from torchopt_passes.errors import ConfigError, ExportError, MissingExtraError, VerificationError
 
 SUFFIXES = (".onnx", ".pt2", ".xml")
 SOURCES = ("plain", "resnet", "bert", "int8_plain", "int8_bert")
@@ -77,6 +78,7 @@ NEW_PROCESS = """
 import json, pathlib, sys, torch
 torch.set_num_threads(1)
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torchopt_passes.deploy import open_artifact
 folder = pathlib.Path(sys.argv[1])
 tensors = load_file(folder / "in.safetensors")
@@ -114,6 +116,28 @@ def test_the_source_is_untouched(tmp_path: Any) -> None:
     assert torch.equal(random, torch.random.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
+
+
+class Attention(nn.Module):
+    """Its input projection reads a transposed value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_linears_on_transposed_values_are_int8_in_inductor(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler fails on them where the batch is open; if the second part fails, torch is repaired: drop it."""
+    module, inputs = int8((Attention(), {"x": torch.randn(4, 7, 32)}))
+    artifact = export(module, tmp_path / "m.pt2", example_inputs=inputs)
+    assert artifact.metadata.inputs[0].shape[0] == "batch"
+    assert "qlinear_pointwise 2" in artifact.report()["kernels"]
+    monkeypatch.setattr(InductorTarget, "prepare", lambda *_: {})
+    with pytest.raises(ExportError, match=r"torch.Size\(\)"):
+        export(module, tmp_path / "m.pt2", example_inputs=inputs)
 
 
 def test_one_input_channel_is_kept_in_float_by_inductor(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

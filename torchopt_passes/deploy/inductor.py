@@ -73,12 +73,15 @@ class InductorTarget(Target):
     config: dict[str, bool | int | str] = field(default_factory=dict[str, "bool | int | str"])
 
     def prepare(self, graph_module: fx.GraphModule) -> dict[str, str]:
-        """Keep int8 convolutions with a single input channel in float.
+        """Keep int8 convolutions with a single input channel in float, and make what int8 linears read contiguous.
 
-        For them the compiler expects the output in the order of the float kernel when the batch is open
+        For those convolutions the compiler expects the output in the order of the float kernel when the batch is open
         (pytorch/pytorch#121400), the int8 kernel writes another, and the result is wrong without a word (torch 2.13 and
         2.14). They are the cheapest layers of a model.
         The dequantize op is written out, value for value, which keeps the compiler from choosing the kernel.
+
+        Linears on a transposed value with an open batch (``nn.MultiheadAttention``) end the compiler's search for int8
+        kernels with a TypeError (torch 2.13); the integers are copied into order for them.
         """
         kept: list[str] = []
         for node in list(graph_module.graph.nodes):
@@ -86,6 +89,8 @@ class InductorTarget(Target):
             if weight:
                 _write_out_dequantize(graph_module.graph, node)
                 kept.append(weight)
+            elif node.target is torch.ops.aten.linear.default:
+                _in_order(graph_module.graph, node.args[0])
         graph_module.recompile()
         return {"kept in float": f"{', '.join(kept)} (one input channel)"} if kept else {}
 
@@ -202,6 +207,17 @@ def _write_out_dequantize(graph: fx.Graph, convolution: fx.Node) -> None:
     convolution.replace_input_with(dequantize, value)
     if not dequantize.users:
         graph.erase_node(dequantize)
+
+
+def _in_order(graph: fx.Graph, dequantize: object) -> None:
+    """Let a dequantize op, and no other value, read its integers in order: a copy where they are not contiguous."""
+    if not isinstance(dequantize, fx.Node) or not _is_dequantize(dequantize):
+        return
+    integers = dequantize.args[0]
+    if isinstance(integers, fx.Node):
+        with graph.inserting_before(dequantize):
+            ordered = graph.call_function(torch.ops.aten.contiguous.default, (integers,))
+        dequantize.replace_input_with(integers, ordered)
 
 
 def _write_package(path: Path, members: dict[str, bytes]) -> None:
