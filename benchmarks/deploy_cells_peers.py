@@ -65,6 +65,9 @@ def write_pt2e(cell: Cell, path: Path, precision: str, batch: int) -> bool:
 
 def read_pt2e(path: Path, precision: str) -> Call:
     del precision
+    # registers the operations of the file, and what the compiler makes of them
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer  # noqa: F401
+
     return compile_frozen(torch.export.load(str(path)).module())
 
 
