@@ -58,7 +58,9 @@ class Arm:
             return PEERS[self.target][1](cell, path, self.precision, batch)
         options: dict[str, Any] = {"max_batch": MOST} if self.target == "executorch" else {}
         if self.target == "inductor" and self.precision != "float32":
-            options["dynamic"] = False  # with an open batch it orders int8 weights in each call; the peer's is fixed too
+            options["dynamic"] = (
+                False  # weights are put in order in each call of an open batch; the peer's is fixed too
+            )
         if self.precision == "int8 bfloat16":
             options["precision"] = "bfloat16"
         if self.precision != "float32" and not cell.pretrained:

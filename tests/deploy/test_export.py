@@ -135,6 +135,7 @@ def test_linears_on_transposed_values_are_int8_in_inductor(tmp_path: Any, monkey
     artifact = export(module, tmp_path / "m.pt2", example_inputs=inputs)
     assert artifact.metadata.inputs[0].shape[0] == "batch"
     assert "qlinear_pointwise 2" in artifact.report()["kernels"]
+    assert "dynamic=False is faster" in artifact.report()["open sizes"]
     monkeypatch.setattr(InductorTarget, "prepare", lambda *_: {})
     with pytest.raises(ExportError, match=r"torch.Size\(\)"):
         export(module, tmp_path / "m.pt2", example_inputs=inputs)

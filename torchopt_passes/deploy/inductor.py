@@ -116,6 +116,8 @@ class InductorTarget(Target):
         _write_package(path, members)
         foreign = ", ".join(_foreign(program.exported.graph))
         facts = {"kernels": _kernels(sources), "cpu": torch.backends.cpu.get_cpu_capability(), "sha256": _digest(path)}
+        if program.precision == "int8" and program.device == "cpu" and program.exported.range_constraints:
+            facts["open sizes"] = "int8 weights are put in order in each call: dynamic=False is faster for one size"
         return facts | ({_FOREIGN: foreign} if foreign else {})
 
     def stamp(self, path: Path, metadata: Metadata) -> None:
