@@ -32,7 +32,7 @@ makes, next to what the runtime's own tools make of the same model and calibrati
 - **error**: of our file from the model it came from, for int8 the int8 graph, as the export verifies it; in brackets
   what is allowed: 1e-4, for int8 0.03 or 1.5 times the rounding noise of the graph (0.5 for seeded weights).
 - **tuned**: `SmoothActivations` and, where kernels return int8, `ScaleOutputs` (texts), `Calibrate`, `RoundWeights` and
-  `CorrectBias` before the export.
+  `CorrectBias` before the export. **guarded**: the same, after `keep_accuracy` has left what costs most in float.
   **int8 bfloat16**: what is not in int8 is computed in bfloat16, `precision="bfloat16"`; the peer then runs with
   OpenVINO's own choice.
 - **sizes**: open batches, but for int8 on Inductor (which orders int8 weights again in each call of an open batch),
@@ -127,7 +127,7 @@ def _best(table: Table, model: str, measure: str, floor: float) -> Iterator[str]
         found = [
             (ratio, row)
             for row in table.values()
-            if row["maker"] in ("ours", "tuned") and row.get("fidelity", {}).get(measure, 0.0) >= floor
+            if row["maker"] in ("ours", "tuned", "guarded") and row.get("fidelity", {}).get(measure, 0.0) >= floor
             if (ratio := _ratio(base, row, batch)) is not None
         ]
         if found:
