@@ -59,9 +59,8 @@ class Arm:
             return PEERS[self.target][1](cell, path, self.precision, batch)
         options: dict[str, Any] = {"max_batch": MOST} if self.target == "executorch" else {}
         if self.target == "inductor" and self.precision != "float32":
-            options["dynamic"] = (
-                False  # weights are put in order in each call of an open batch; the peer's is fixed too
-            )
+            # the weights of an open batch are put in order again in each call; the peer's batch is fixed too
+            options["dynamic"] = False
         if self.precision == "int8 bfloat16":
             options["precision"] = "bfloat16"
         if self.precision != "float32" and not cell.pretrained:

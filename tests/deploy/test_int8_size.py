@@ -60,5 +60,5 @@ def test_int8_is_a_quarter(tmp_path: Path, target: str, source: Any) -> None:
     small = export(module, paths["int8"], target, example_inputs=inputs, quantization="int8", calibration=[inputs])
     weights = 4 * sum(parameter.numel() for parameter in module.parameters())
     assert 0.9 * weights <= whole.size <= 1.03 * weights  # a .pt2 file is a compressed archive
-    # float32 weights shrink by 7 % in a compressed archive, integers of 8 bits do not
+    # float32 weights shrink in a compressed archive, integers of 8 bits do not
     assert small.size <= MOST * max(whole.size, weights), small.size / whole.size

@@ -37,8 +37,8 @@ class ScaleOutputs(GraphPass):
         max_batches: at most so many batches of the context's `calibration`; None takes all.
 
     Formula:
-        s_c = max|Y_c| / sqrt(max_j max|Y_j| min_j max|Y_j|), W_c / s_c, b_c / s_c, and Y_c = s_c Y'_c. The noise of a
-        step falls by 20 log10(max_c max|Y_c| / sqrt(mean_c max|Y_c|^2)) dB.
+        W'_c = W_c / s_c, b'_c = b_c / s_c and Y_c = s_c Y'_c, with s_c of `functional.equalization.output_scale`. The
+        noise of a step falls by 20 log10(max_c max|Y_c| / sqrt(mean_c max|Y_c|^2)) dB.
 
     Source:
         The step of each output channel of Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and
