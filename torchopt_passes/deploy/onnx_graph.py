@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ __all__ = ["feeds", "first_apart", "layer_values", "save_onnx", "to_onnx"]
 _TWO_GB = 2**31 - 2**20  # what a protobuf can hold, less room for the graph
 
 
-def save_onnx(program: Program, opset: int, path: Path, *, external_data: bool = False) -> None:
+def save_onnx(
+    program: Program,
+    opset: int,
+    path: Path,
+    *,
+    external_data: bool = False,
+    change: Callable[[Any], None] | None = None,
+) -> None:
     """Write a program as an ONNX file, with its weights in ``<name>.data`` beside it where they need more than 2 GB.
 
     Args:
@@ -33,13 +40,17 @@ def save_onnx(program: Program, opset: int, path: Path, *, external_data: bool =
         opset: of the ONNX standard.
         path: of the file.
         external_data: write the second file for smaller weights too.
+        change: what else is done to the graph, an ``onnx_ir.Graph``, in place.
 
     Raises:
         ExportError: the exporter gives nothing.
     """
     tensors = [*program.exported.state_dict.values(), *program.exported.constants.values()]
     size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-    to_onnx(program, opset).save(str(path), external_data=external_data or size > _TWO_GB)
+    written = to_onnx(program, opset)
+    if change is not None:
+        change(written.model.graph)
+    written.save(str(path), external_data=external_data or size > _TWO_GB)
 
 
 def to_onnx(program: Program, opset: int) -> Any:

@@ -67,7 +67,7 @@ class OpenVinoTarget(Target):
             )
         draft = path.with_name("draft.onnx")
         try:
-            save_onnx(program, _OPSET, draft)
+            save_onnx(program, _OPSET, draft, change=_drop_zero_points)
             model = openvino.convert_model(str(draft))
             if program.precision == "int8":
                 _squeeze_apart(model)
@@ -138,6 +138,19 @@ class _Compiled:
         device = inputs[0].device if inputs else torch.device("cpu")
         results = self._request.infer(_arrays(inputs), share_inputs=True)
         return [torch.from_numpy(results[place].copy()).to(device) for place in range(self._outputs)]
+
+
+def _drop_zero_points(graph: Any) -> None:
+    """Leave out zero points of weights that are all 0, of an ONNX graph in place.
+
+    OpenVINO computes in float with weights whose zero points layers of other ranks share (2026.4): a convolution's and
+    a linear's, of vision transformers.
+    """
+    for node in graph.all_nodes():
+        if node.op_type == "DequantizeLinear" and len(node.inputs) > 2 and node.inputs[0].const_value is not None:
+            zero_point = node.inputs[2].const_value
+            if zero_point is not None and not zero_point.numpy().any():
+                node.resize_inputs(2)
 
 
 def _squeeze_apart(model: Any) -> None:
