@@ -57,10 +57,10 @@ class Arm:
         """Write the file for a batch size; tells whether its batch is open."""
         if self.maker == "peer":
             return PEERS[self.target][1](cell, path, self.precision, batch)
-        options: dict[str, Any] = {"max_batch": MOST} if self.target == "executorch" else {}
-        if self.target == "inductor" and self.precision != "float32":
-            # the weights of an open batch are put in order again in each call; the peer's batch is fixed too
-            options["dynamic"] = False
+        # as the peers' files: texts of one length; Inductor, which orders weights for a size, with a batch of one size
+        options: dict[str, Any] = {"dynamic": self.target != "inductor" and "batch"}
+        if self.target == "executorch":
+            options["max_batch"] = MOST
         if self.precision == "int8 bfloat16":
             options["precision"] = "bfloat16"
         if self.precision != "float32" and not cell.pretrained:
@@ -103,7 +103,7 @@ def tuned(cell: Cell, target: str, *, guarded: bool) -> Any:
         if "linear" in get_target(target).rounded_outputs:
             top.ScaleOutputs()(graph, context)
     insert = top.InsertFakeQuant(target=target, qat=False, reduce_range=saturates(target))
-    calibrate = top.Calibrate(method="minmax" if cell.text else "mse")
+    calibrate = top.Calibrate(method="minmax" if cell.text else "mse", headroom=2.0)
     if guarded:
         insert = _guarded(graph, calibration[:2], insert)
     insert(graph, context)

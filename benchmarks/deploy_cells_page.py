@@ -35,8 +35,9 @@ makes, next to what the runtime's own tools make of the same model and calibrati
   `CorrectBias` before the export. **guarded**: the same, after `keep_accuracy` has left what costs most in float.
   **int8 bfloat16**: what is not in int8 is computed in bfloat16, `precision="bfloat16"`; the peer then runs with
   OpenVINO's own choice.
-- **sizes**: open batches, but for int8 on Inductor (which orders int8 weights again in each call of an open batch),
-  the peers on LiteRT, ExecuTorch and Inductor, and what is listed: those have a file for each batch.
+- **sizes**: open batches, but on Inductor (which orders weights for a size, int8 ones again in each call of an open
+  batch), of the peers on LiteRT and ExecuTorch, and of what is listed: those have a file for each batch. Texts have one
+  length; open lengths cost OpenVINO's attention kernel time.
 - **Peers.** Inductor: torchao PT2E with `X86InductorQuantizer`, compiled with freezing. ONNX Runtime: `torch.onnx` and
   `quantize_static` (QDQ, uint8 activations, by channel). OpenVINO: `convert_model` and NNCF. ExecuTorch:
   `XNNPACKQuantizer`. LiteRT: `litert_torch` and the static recipe of `ai_edge_quantizer`. Each with its defaults.

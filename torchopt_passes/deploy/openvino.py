@@ -71,6 +71,7 @@ class OpenVinoTarget(Target):
             model = openvino.convert_model(str(draft))
             if program.precision == "int8":
                 _squeeze_apart(model)
+                _share_limits(model)
             # its weights may still be those of the draft, mapped into memory
             openvino.save_model(model, str(path), compress_to_fp16=self.weights == "float16")
         finally:
@@ -89,6 +90,8 @@ class OpenVinoTarget(Target):
         info = root.find("rt_info")
         info = info if info is not None else ElementTree.SubElement(root, "rt_info")
         ElementTree.SubElement(info, KEY).set("value", metadata.to_json())
+        for element in root.iter():  # a fifth of a small net's text is indentation
+            element.text, element.tail = ((text or "").strip() or None for text in (element.text, element.tail))
         tree.write(path, encoding="utf-8", xml_declaration=True)
 
     @classmethod
@@ -170,6 +173,21 @@ def _squeeze_apart(model: Any) -> None:
         squeezed.set_friendly_name(mean.get_friendly_name())
         for reader in mean.output(0).get_target_inputs():
             reader.replace_source_output(squeezed.output(0))
+
+
+def _share_limits(model: Any) -> None:
+    """Let a value that is rounded have its limits once, in place: before and after rounding they are the same."""
+    from openvino import opset13
+
+    for fake_quantize in model.get_ordered_ops():
+        if fake_quantize.get_type_name() != "FakeQuantize":
+            continue
+        for before, after in ((1, 3), (2, 4)):
+            limit, same = (fake_quantize.input_value(place).get_node() for place in (before, after))
+            if limit.get_type_name() == same.get_type_name() == "Constant" and (limit.data == same.data).all():
+                shared = opset13.constant(limit.data.item(), limit.data.dtype) if limit.data.size == 1 else limit
+                for place in (before, after):
+                    fake_quantize.input(place).replace_source_output(shared.output(0))
 
 
 def _arrays(inputs: Sequence[torch.Tensor]) -> list[Any]:

@@ -35,7 +35,8 @@ def quantized(
 ) -> fx.GraphModule:
     """Quantize a float model after training, on the grids that a target computes with on this machine.
 
-    Biases are corrected, and embeddings are stored in int8 with a scale for each row. Where there are layer norms or
+    Biases are corrected, embeddings are stored in int8 with a scale for each row, and averages over all positions get
+    twice the range that was seen. Where there are layer norms or
     RMS norms, a few channels behind them are far larger than the rest and matter: they are smoothed first, and ranges
     hold all that was seen (sentence embeddings of MiniLM keep a mean cosine of 0.998, see docs/deploy_cells.md). Where
     kernels of linears return int8, output channels that differ much get one range. On an x86 CPU without VNNI weights
@@ -79,7 +80,7 @@ def _steps(graph: fx.GraphModule, target: str) -> list[GraphPass]:
         *([SmoothActivations(alpha=0.8, insert=True)] if normed else []),
         *([ScaleOutputs()] if normed and "linear" in get_target(target).rounded_outputs else []),
         insert,
-        Calibrate(method="minmax" if normed else "histogram"),
+        Calibrate(method="minmax" if normed else "histogram", headroom=2.0),
         CorrectBias(max_batches=2),
         ConvertQuantized(),
         *([QuantizeWeights(linears=False, embeddings=True)] if torch.ops.aten.embedding.default in called else []),

@@ -49,7 +49,50 @@ def reasons(found: Any) -> list[str]:
 def test_zoo_is_covered(name: str, weights: int, floats: int, target: str) -> None:
     model, inputs = build(name)
     found = plan_of(model, *inputs, target=target)
+    floats -= name == "attention" and "attention" in get_target(target).int8
     assert len({p.quantizer for p in found.places if p.weight}) == weights and len(found.skips) == floats
+
+
+class Block(nn.Module):
+    """Attention with or without its kernel; what its output projection reads is moved by a transpose and a view."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.fused = fused
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v) if self.fused else (q @ k.transpose(2, 3) / 2).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_products_of_activations_are_about_zero_for_openvino(fused: bool) -> None:
+    model, x = Block(fused=fused).eval(), torch.randn(3, 5, 8) + 1
+    found = plan_of(model, x, target="openvino")
+    assert not found.skips
+    about_zero = {p.quantizer for p in found.places if p.symmetric}
+    # queries and keys are rounded where they are made, and move as integers; probabilities are not negative
+    assert about_zero == {"act_linear", "act_linear_1", *(() if fused else ("act_linear_2",))}
+    rounded = {p.node for p in found.places if p.weight is None and p.users == ("linear_3",)}
+    # an attention kernel gives floats in the order that is wanted; a product's integers are moved
+    assert ("flatten" if fused else "matmul_1") in {p.node for p in found.places} and len(rounded) == 1
+    assert not any(p.symmetric for p in plan_of(model, x, target="onnx").places)
+    prepared = prepare(model, [(x,)], target="openvino")
+    for name, quantizer in quantizers(prepared).items():
+        assert quantizer.signed == (name in about_zero or "weight" in name), name
+        if name in about_zero:
+            assert int(quantizer.zero_point) == 0
+    zeros = [q for name, q in quantizers(prepared).items() if name.startswith("act_softmax")]
+    assert len(zeros) == (not fused) and all(int(q.zero_point) == 0 for q in zeros)
+    assert relative(output(convert(model, [(x,)], target="openvino"), (x,)), model(x)) < 0.03
+
+
+def test_what_is_asked_for_goes_before_what_products_want() -> None:
+    model, x = Block(fused=True).eval(), torch.randn(3, 5, 8)
+    prepared = prepare(model, [(x,)], target="openvino", activation_symmetric=False)
+    assert not any(q.signed for name, q in quantizers(prepared).items() if name.startswith("act_"))
 
 
 def test_residual_block_for_inductor_and_onnx() -> None:

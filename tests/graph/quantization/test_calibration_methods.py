@@ -301,3 +301,64 @@ def test_transformer_calibrates_and_converts_with_every_method() -> None:
         with torch.no_grad():
             actual = graph_module(**batches[0]).last_hidden_state
         assert relative(actual, expected) < 0.1, method
+
+
+class Pooled(nn.Module):
+    """A convolution, a max pool, and a linear that reads an average over all positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
+        self.pool = nn.MaxPool2d(4)
+        self.next = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.next(self.pool(torch.relu(self.conv(x))))
+        return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_values_in_front_of_a_max_pool_count_as_far_as_it_keeps_them(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), torch.randn(8, 1, 16, 16)
+    graph_module = prepared(model, (x,))
+    (place,) = [name for name, q in quantizers(graph_module).items() if name == "act_relu"]
+    chosen = edits(method, graph_module, [(x,)])["relu"]
+    observer = RangeObserver(method, quantizers(graph_module)[place])
+    with torch.no_grad():
+        values = torch.relu(model.conv(x))
+        observer.watch(model.pool(values))
+    assert torch.equal(chosen.max_val, observer.choose().high) and torch.equal(chosen.min_val, observer.choose().low)
+    if method == "minmax":
+        assert torch.equal(chosen.max_val, values.max().reshape(1))
+
+
+def test_a_value_that_others_read_too_counts_whole() -> None:
+    class Both(Pooled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.conv(x))
+            return self.next(self.pool(x)).mean() + self.next(x).mean()
+
+    torch.manual_seed(0)
+    model, x = Both().eval(), torch.randn(8, 1, 16, 16)
+    graph_module = prepared(model, (x,))
+    observer = RangeObserver("mse", quantizers(graph_module)["act_relu"])
+    with torch.no_grad():
+        observer.watch(torch.relu(model.conv(x)))
+    assert torch.equal(edits("mse", graph_module, [(x,)])["relu"].max_val, observer.choose().high)
+
+
+@pytest.mark.parametrize("method", ["histogram", "minmax", "mse"])
+def test_headroom_widens_averages_alone(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), torch.randn(8, 1, 16, 16)
+    graph_module = prepared(model, (x,))
+    plain, wide = (edits(method, graph_module, [(x,)], headroom=factor) for factor in (1.0, 2.0))
+    changed = [name for name in plain if not torch.equal(plain[name].max_val, wide[name].max_val)]
+    assert changed == ["adaptive_avg_pool2d"]
+    (name,) = changed
+    assert torch.equal(wide[name].max_val, 2 * plain[name].max_val)
+    assert torch.equal(wide[name].min_val, 2 * plain[name].min_val)
+    assert "2 times as wide" in wide[name].reason and "sqnr" not in wide[name].numbers
+    with pytest.raises(top.ConfigError, match="headroom must be >= 1"):
+        Calibrate(headroom=0.5)

@@ -16,7 +16,7 @@ from torch import fx
 
 from torchopt_passes.graph.edit import Skip
 from torchopt_passes.graph.quantization.operations import Operation, Weight, find_operations
-from torchopt_passes.graph.quantization.targets import FUSED_ACTIVATIONS, Target
+from torchopt_passes.graph.quantization.targets import FUSED_ACTIVATIONS, KINDS, Target
 
 __all__ = ["Annotation", "Place", "annotate"]
 
@@ -35,6 +35,10 @@ _SAME = {
 }
 
 
+# about zero they would leave half of the integers unused, and their zero point is 0 without it
+_NOT_NEGATIVE = {aten.softmax.int, aten._softmax.default, aten.sigmoid.default, aten.relu.default, aten.relu6.default}
+
+
 @dataclass(frozen=True)
 class Place:
     """One place where a value is rounded.
@@ -49,6 +53,7 @@ class Place:
         batch_norm: name of the batch norm that is folded into the weight, or ''.
         follow: the value was observed already at an earlier place of the same quantizer.
         bias_apart: the target wants the bias of this weight's operation added behind it.
+        symmetric: the target wants this activation on a grid about zero.
     """
 
     quantizer: str
@@ -60,6 +65,7 @@ class Place:
     batch_norm: str = ""
     follow: bool = False
     bias_apart: bool = False
+    symmetric: bool = False
 
 
 @dataclass
@@ -97,6 +103,8 @@ def annotate(
     for op in chosen:
         for value in op.inputs:
             reads.add(value, op.node, f"input of {_called(op)}")
+            if target.symmetric_products and op.weight is None:
+                reads.symmetric.add(value)
     _rounded_sums(chosen, target, reads)
     _rounded_outputs(chosen, target, reads)
     reads.move_up(graph, target)
@@ -112,6 +120,7 @@ class _Reads:
         self.reasons: dict[fx.Node, list[str]] = defaultdict(list)
         self.root: dict[fx.Node, fx.Node] = {}
         self.followers: set[fx.Node] = set()
+        self.symmetric: set[fx.Node] = set()
 
     def add(self, value: fx.Node, user: fx.Node, reason: str) -> None:
         """Note that `user` reads `value` rounded."""
@@ -143,7 +152,7 @@ class _Reads:
                 continue
             if node.target in _SPLITS:
                 self._move_above_split(node, target)
-            elif self.all_rounded(node) and not _pads_a_number(node):
+            elif self.all_rounded(node) and not _pads_a_number(node) and not _moves_attention(node, target):
                 self._move_above(node, follow=node.target in target.follow)
 
     def _move_above(self, node: fx.Node, *, follow: bool) -> None:
@@ -172,6 +181,8 @@ class _Reads:
     def places(self, graph: fx.Graph) -> Iterable[Place]:
         """Yield the places of activations, in the order of the graph."""
         order = {node: position for position, node in enumerate(graph.nodes)}
+        roots = {self.find(node) for node in self.symmetric}
+        symmetric = {root for root in roots if root.target not in _NOT_NEGATIVE}
         for node in graph.nodes:
             users = self.users.get(node)
             if users:
@@ -182,6 +193,7 @@ class _Reads:
                     target=node.name,
                     reason="; ".join(self.reasons[node]),
                     follow=node in self.followers,
+                    symmetric=self.find(node) in symmetric,
                 )
 
 
@@ -275,6 +287,14 @@ def _pads_a_number(node: fx.Node) -> bool:
     return mode == "constant" and value not in (None, 0)
 
 
+def _moves_attention(node: fx.Node, target: Target) -> bool:
+    """Return whether a node moves what an attention kernel gives: such a kernel returns floats, moved as wanted."""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and source.target in _SAME | target.follow:
+        source = source.args[0]
+    return "attention" in target.int8 and isinstance(source, fx.Node) and _kind(source) == "attention"
+
+
 def _sources(node: fx.Node) -> list[fx.Node]:
     first = node.args[0]
     items = first if isinstance(first, list | tuple) else [first]
@@ -292,6 +312,10 @@ def _same_shapes(add: fx.Node) -> bool:
         return False
     left, right = (n.meta["val"].shape for n in operands)
     return len(left) == len(right) and all(str(a) == str(b) for a, b in zip(left, right, strict=True))
+
+
+def _kind(node: fx.Node) -> str:
+    return KINDS[node.target].kind if node.target in KINDS else ""
 
 
 def _called(op: Operation) -> str:

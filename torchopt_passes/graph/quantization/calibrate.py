@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from math import isfinite
@@ -23,11 +23,20 @@ from torchopt_passes.graph.quantization.fake_quantizer import FakeQuantizer, fak
 from torchopt_passes.graph.quantization.observers import ChosenRange, RangeObserver
 from torchopt_passes.graph.quantization.places import chosen_places
 from torchopt_passes.graph.quantization.state import fake_quant_off
+from torchopt_passes.graph.quantization.targets import MAX_POOLS
 from torchopt_passes.graph.verify import buffers_kept, in_eval_mode, sqnr
 from torchopt_passes.progress import track
 from torchopt_passes.ranks import sum_over_ranks
 
 __all__ = ["Calibrate", "SetObserverState"]
+
+aten = torch.ops.aten
+_AVERAGES = {
+    aten.mean.dim,
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+}
 
 
 class SetObserverState(Edit):
@@ -85,6 +94,9 @@ class Calibrate(GraphPass):
         weight_method: ``"minmax"``: a weight's exact range; ``"mse"``: for each channel the part of it with the least
             squared rounding error. Both are of the weight folded with its batch norm. A graph that learns ranges while
             it trains takes the exact range again with its next training step.
+        headroom: factor on the ranges of averages over all positions (global average pooling, a mean of tokens). A
+            sample has one such value for each channel: a few batches tell badly how large they get, a clipped one
+            changes a class, and their rounding error is small.
         max_batches: at most so many batches of the context's `calibration`; None takes all.
 
     Source:
@@ -106,12 +118,15 @@ class Calibrate(GraphPass):
     ] = "histogram"
     percentile: float = 99.99
     weight_method: Literal["minmax", "mse"] = "minmax"
+    headroom: float = 1.0
     max_batches: int | None = None
 
     def check(self) -> None:
-        """Refuse a number of batches that is none, and a percentile that is none or that nothing reads."""
+        """Refuse a number of batches that is none, ranges below what was seen, and a percentile that nothing reads."""
         if self.max_batches is not None and self.max_batches < 1:
             raise ConfigError(f"Calibrate: max_batches must be >= 1, not {self.max_batches}")
+        if not 1.0 <= self.headroom < float("inf"):
+            raise ConfigError(f"Calibrate: headroom must be >= 1, not {self.headroom}")
         if not 0.0 < self.percentile <= 100.0:
             raise ConfigError(f"Calibrate: percentile must be above 0 and at most 100, not {self.percentile}")
         if self.percentile != 99.99 and self.method not in {"percentile", "auto"}:
@@ -197,19 +212,24 @@ class _Watcher(fx.Interpreter):
         super().__init__(graph_module)
         self._quantizers = {n: q for n, q in fake_quantizers(graph_module) if n in wanted}
         self._all = dict(fake_quantizers(graph_module))
+        self._watched = _watched(graph_module, self._all)
+        self._averages = {str(node.target) for node in self._watched if _is_average(node.args[0])}
         self._options = options
         self._observers: dict[str, RangeObserver] = {}
         self._weights: dict[str, ChosenRange] = {}
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target not in self._all:
-            return super().call_module(target, args, kwargs)
-        quantizer = self._quantizers.get(target)
-        if quantizer is not None and not kwargs.get("follow", False):
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node; in place of rounding a value, watch it."""
+        name = str(n.target)
+        if n.op != "call_module" or name not in self._all:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        quantizer = self._quantizers.get(name)
+        if quantizer is not None and n in self._watched:
             if not quantizer.exact:
-                self._watch(target, quantizer, args[0])
+                self._watch(name, quantizer, args[0])
             elif self.first:
-                self._weights[target] = _weight_choice(self._options.weight_method, quantizer, *args)
+                self._weights[name] = _weight_choice(self._options.weight_method, quantizer, *args)
         return args[0]
 
     def gather(self, ranks: Any) -> None:
@@ -222,8 +242,14 @@ class _Watcher(fx.Interpreter):
 
     def ranges(self) -> dict[str, ChosenRange]:
         """Return the range of every wanted fake-quantizer."""
-        chosen = track(self._observers.items(), "Choosing ranges")
-        return self._weights | {name: observer.choose() for name, observer in chosen}
+        observers = track(self._observers.items(), "Choosing ranges")
+        chosen = {name: observer.choose() for name, observer in observers}
+        factor = self._options.headroom
+        for name in self._averages & chosen.keys() if factor > 1 else ():
+            seen = chosen[name]
+            how = f"{seen.method}, {factor:g} times as wide,"
+            chosen[name] = ChosenRange(how, seen.low * factor, seen.high * factor)
+        return self._weights | chosen
 
     def _watch(self, name: str, quantizer: FakeQuantizer, x: torch.Tensor) -> None:
         if name not in self._observers:
@@ -233,6 +259,28 @@ class _Watcher(fx.Interpreter):
             self._observers[name].watch(x)
         except ConfigError as error:
             raise ConfigError(f"Calibrate: {name}: {error}") from error
+
+
+def _watched(graph_module: fx.GraphModule, quantizers: Mapping[str, FakeQuantizer]) -> set[fx.Node]:
+    """Return the calls of fake-quantizers whose values count.
+
+    A value that is read at several places of one grid counts once, at the first; but where max pools alone read it,
+    what they keep counts, which is its largest values.
+    """
+    found: set[fx.Node] = set()
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        if str(node.target) not in quantizers or node.kwargs.get("follow", False):
+            continue
+        behind = [user for pool in node.users if pool.target in MAX_POOLS for user in pool.users]
+        kept = all(user.target == node.target for user in behind) and all(n.target in MAX_POOLS for n in node.users)
+        found.update(behind if behind and kept else [node])
+    return found
+
+
+def _is_average(value: Any) -> bool:
+    """Return whether a node averages over all positions: one value is left for each sample and channel."""
+    shape = getattr(value.meta.get("val"), "shape", ())
+    return value.target in _AVERAGES and len(shape) > 1 and all(dim == 1 for dim in shape[2:])
 
 
 def _weight_choice(method: str, quantizer: FakeQuantizer, *args: torch.Tensor | None) -> ChosenRange:

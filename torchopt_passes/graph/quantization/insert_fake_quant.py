@@ -179,9 +179,10 @@ class InsertFakeQuant(GraphPass):
             step for all channels, and whose integers a runtime does not keep to 7 bits.)
         per_channel: a scale for each output channel of a weight, or one for the whole weight.
         weight_symmetric: int8 weights about zero; False for uint8 weights with a zero point, which Inductor lacks.
-        activation_symmetric: None for what the target computes with: int8 activations about zero for TensorRT, uint8
-            activations with a zero point for the others. True asks for int8, which Inductor lacks, and which ONNX
-            Runtime computes in float on x86 (ARM wants them); False asks for uint8, which TensorRT lacks.
+        activation_symmetric: None for what the target computes with: int8 activations about zero for TensorRT, and for
+            products of two activations on OpenVINO; uint8 activations with a zero point for the rest. True asks for
+            int8, which Inductor lacks, and which ONNX Runtime computes in float on x86 (ARM wants them); False asks for
+            uint8, which TensorRT lacks.
         power_of_two: round every step up to a power of two, for hardware that rescales by shifts.
         group_size: a scale for each so many consecutive values of an output channel of a weight; 0 for one scale. A
             weight that it does not divide, and those of convolutions, keep theirs, with the reason.
@@ -256,11 +257,10 @@ class InsertFakeQuant(GraphPass):
         if not 0.0 < self.momentum <= 1.0:
             raise ConfigError(f"InsertFakeQuant: momentum must be in (0, 1], not {self.momentum}")
 
-    @property
-    def signed_activations(self) -> bool:
-        """Whether activations are int8 about zero: as asked, else as the target computes."""
+    def _signed(self, place: Place) -> bool:
+        """Return whether an activation is int8 about zero: as asked, else as the target computes."""
         if self.activation_symmetric is None:
-            return "uint8 activations" in get_target(self.target).no_grid
+            return place.symmetric or "uint8 activations" in get_target(self.target).no_grid
         return self.activation_symmetric
 
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
@@ -314,7 +314,7 @@ class InsertFakeQuant(GraphPass):
         weight = place.weight
         # a place that no matrix operation reads, such as the output of the last convolution, has no bits of its own
         bits = bits or self._bits_of()[1].default
-        signed = self.signed_activations if weight is None else self.weight_symmetric
+        signed = self.weight_symmetric if weight is not None else self._signed(place)
         low, high = stored_range(bits, signed=signed)
         per_channel = weight is not None and self.per_channel
         channels = 1

@@ -49,7 +49,7 @@ class Operation:
     Args:
         node: its node.
         operands: where its operands lie.
-        weight: its weight; None for a product of two activations.
+        weight: its weight; None for a product of two activations, and for attention, which multiplies queries by keys.
         batch_norm: the batch norm behind it that is folded into the weight when it is converted.
         why_float: why it stays float; empty when it becomes int8.
     """
@@ -118,7 +118,7 @@ def is_static(node: fx.Node, seen: dict[fx.Node, bool] | None = None) -> bool:
 
 def _weight(node: fx.Node, operands: Operands, names: dict[str, str]) -> Weight | None:
     value = node.args[operands.weight] if operands.weight < len(node.args) else None
-    if not isinstance(value, fx.Node) or not is_static(value):
+    if operands.kind == "attention" or not isinstance(value, fx.Node) or not is_static(value):
         return None
     shape = getattr(value.meta.get("val"), "shape", ())
     dim = operands.channel_dim % len(shape) if shape else max(operands.channel_dim, 0)
@@ -200,7 +200,7 @@ def _why_float(
         if left is not None and is_static(left):
             return f"float: target {target.name!r} has no int8 kernel for a weight on the left-hand side ({what})"
         return f"float: target {target.name!r} has no int8 kernel for a product of two activations ({what})"
-    if operands.kind != "matmul" and weight is None:
+    if operands.kind not in ("matmul", "attention") and weight is None:
         return f"float: the weight of {what} is computed from the model's input"
     return ""
 

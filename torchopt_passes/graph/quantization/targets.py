@@ -9,7 +9,7 @@ import torch
 
 from torchopt_passes.errors import ConfigError
 
-__all__ = ["FUSED_ACTIVATIONS", "KINDS", "TARGETS", "Operands", "Target", "get_target"]
+__all__ = ["FUSED_ACTIVATIONS", "KINDS", "MAX_POOLS", "TARGETS", "Operands", "Target", "get_target"]
 
 aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ class Operands:
     Args:
         kind: the word a target's table uses.
         activation: position of the input.
-        weight: position of the weight, or of the second input.
+        weight: position of the weight, or of the second input (of attention: queries and keys; values stay float).
         channel_dim: the weight's output dimension (negative: from the end).
         bias: position of the bias, None when it has none.
     """
@@ -94,7 +94,7 @@ _VIEWS: frozenset[object] = frozenset(
 )
 # zero is on every grid, and what is reflected was on it; other numbers are left out where a node is looked at
 _PADS: frozenset[object] = frozenset({aten.pad.default, aten.constant_pad_nd.default})
-_MAX_POOLS: frozenset[object] = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
+MAX_POOLS: frozenset[object] = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class Target:
         follow: operations that move rounded values without leaving the grid, pads with another number than 0 aside:
             their results share its scale.
         fold_weights: whether converted weights are stored as integers (else rounded in the graph).
+        symmetric_products: whether products of two activations run in int8 only when both are int8 about zero.
         no_grid: grids its kernels cannot take, such as ``"int8 activations"`` or ``"uint8 weights"`` -> why.
         any_grid: whether it takes grids that are fitted to each value, of 9 to 16 bits, and narrow floats, as no int8
             kernel does.
@@ -128,6 +129,7 @@ class Target:
     bias_apart: frozenset[str]
     follow: frozenset[object] = field(repr=False)
     fold_weights: bool = True
+    symmetric_products: bool = False
     no_grid: dict[str, str] = field(default_factory=dict[str, str])
     any_grid: bool = False
     no_wide_grid: str = "its kernels compute in int8; 'reference' rounds to 16 bits in float"
@@ -166,7 +168,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset(),
             rounded_adds="other",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | {aten.flatten.using_ints, aten.cat.default},
+            follow=MAX_POOLS | {aten.flatten.using_ints, aten.cat.default},
             no_grid={
                 "int8 activations": "its kernels take uint8 activations alone",
                 "uint8 weights": "its kernels take int8 weights alone",
@@ -182,19 +184,21 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
             rounded_adds="both",
             bias_apart=frozenset({"linear", "addmm"}),
-            follow=_MAX_POOLS | _VIEWS | _PADS,
+            follow=MAX_POOLS | _VIEWS | _PADS,
         ),
         # OpenVINO: every kernel may return float from int8 operands; sums are fused into convolutions when their other
-        # operand is rounded, and grids pass through pools and views
+        # operand is rounded, and grids pass through pools and views. Attention is one kernel, whose product of queries
+        # and keys may be int8
         Target(
             name="openvino",
-            int8=frozenset({"conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul"}),
-            no_kernel=_COMMON,
+            int8=frozenset({"conv1d", "conv2d", "conv3d", "linear", "addmm", "matmul", "attention"}),
+            no_kernel={kind: why for kind, why in _COMMON.items() if kind != "attention"},
             dynamic_matmul=True,
+            symmetric_products=True,
             rounded_outputs=frozenset(),
             rounded_adds="other",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS | _PADS,
+            follow=MAX_POOLS | _VIEWS | _PADS,
         ),
         # TensorRT: explicit quantization, symmetric int8 alone; it fuses a rounded operand into a convolution's sum
         Target(
@@ -205,7 +209,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset(),
             rounded_adds="other",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS | _PADS,
+            follow=MAX_POOLS | _VIEWS | _PADS,
             no_grid={
                 "uint8 activations": "its int8 is symmetric about zero",
                 "uint8 weights": "its int8 is symmetric about zero",
@@ -221,7 +225,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset({"conv1d", "conv2d", "linear", "addmm", "matmul"}),
             rounded_adds="both",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS | _PADS,
+            follow=MAX_POOLS | _VIEWS | _PADS,
             no_grid={"uint8 weights": "its kernels take int8 weights about zero alone"},
             no_wide_grid="export the float model with LiteRtTarget(weights='int16x8') for 16-bit activations",
         ),
@@ -235,7 +239,7 @@ TARGETS: dict[str, Target] = {
             rounded_outputs=frozenset({"conv1d", "conv2d", "linear", "addmm", "matmul"}),
             rounded_adds="both",
             bias_apart=frozenset(),
-            follow=_MAX_POOLS | _VIEWS - {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims},
+            follow=MAX_POOLS | _VIEWS - {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims},
             no_grid={"uint8 weights": "its kernels take int8 weights about zero alone"},
         ),
     )
