@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from tests.deploy.sources import get
 from torchopt_passes.deploy import Artifact, LiteRtTarget, benchmark_files, compressed_size, export, open_artifact
 from torchopt_passes.deploy.calls import run_source
 from torchopt_passes.deploy.grids import fold_static, make_signed, unfold_weights
+from torchopt_passes.deploy.litert import _from_file, _to_file
 from torchopt_passes.deploy.program import read_program
 from torchopt_passes.errors import ConfigError, ExportError
 from torchopt_passes.graph.inference import to_inference
@@ -224,6 +226,28 @@ def test_equal_vectors_stand_in_a_file_once(files: dict[str, Artifact]) -> None:
     builder = flatbuffers.Builder(1024)
     builder.Finish(model.Pack(builder), b"TFL3")
     assert repeated > 500 and len(builder.Output()) - len(content) >= repeated - 8 * lengths.count(1)
+
+
+def test_names_of_values_have_no_paths_of_classes(files: dict[str, Artifact]) -> None:
+    from ai_edge_litert import schema_py_generated as schema  # pyright: ignore[reportMissingImports]
+
+    graph = schema.Model.GetRootAs(files["plain int8"].path.read_bytes(), 0).Subgraphs(0)
+    names = [graph.Tensors(place).Name() for place in range(graph.TensorsLength())]
+    assert len(names) > 10 and not any(b"." in name for name in names)
+
+
+@pytest.mark.parametrize(("dtype", "zero_point"), [(torch.int8, -3), (torch.int16, 0), (torch.uint8, 128)])
+def test_values_are_rounded_as_torch_rounds_them(dtype: torch.dtype, zero_point: int) -> None:
+    scale, limits = 0.037, torch.iinfo(dtype)
+    detail = {"quantization": (scale, zero_point), "dtype": np.dtype(str(dtype).removeprefix("torch.")).type}
+    x = torch.randn(4, 3, 9, 9) * 4
+    x.view(-1)[:3] = torch.tensor([1e6, -1e6, 0.0])
+    wanted = (x * (1.0 / scale)).round().add(zero_point).clamp(limits.min, limits.max)
+    found = _to_file(x, detail)
+    assert found.dtype == detail["dtype"] and torch.equal(torch.from_numpy(found).float(), wanted)
+    torch.testing.assert_close(_from_file(found, detail), (wanted - zero_point) * scale)
+    ids = torch.tensor([[1, 2**30]])
+    assert _to_file(ids, {"quantization": (0.0, 0), "dtype": np.int32}).tolist() == ids.tolist()
 
 
 def test_files_are_timed_side_by_side(files: dict[str, Artifact]) -> None:

@@ -78,6 +78,54 @@ def test_a_batch_norm_of_a_mean_has_the_scales_of_its_channels(tmp_path: Path) -
     assert torch.equal(torch.cat([artifact(row) for row in x.split(20)]), found)  # pyright: ignore
 
 
+class Patches(nn.Module):
+    """The first block of a vision transformer: its convolution and its linears have as many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.up, self.down = (
+            nn.Conv2d(3, 32, 4, 4),
+            nn.LayerNorm(32),
+            nn.Linear(32, 64),
+            nn.Linear(64, 32),
+        )
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def test_vision_transformers_compute_in_integers(tmp_path: Path) -> None:
+    """The runtime (2026.4) computes in float with weights whose zero points layers of other ranks share."""
+    torch.manual_seed(0)
+    model, x = Patches().eval(), torch.randn(16, 3, 32, 32)
+    artifact = export(model, tmp_path / "m.xml", example_inputs=x[:2], quantization="int8", calibration=[x])
+    assert artifact.metadata.layers == {"attention int8": 1, "conv2d int8": 1, "linear int8": 4}
+    kernels = artifact.report()["kernels"]
+    assert "FullyConnected" in kernels and "Convolution" in kernels
+    assert "FullyConnected f32" not in kernels and "Convolution f32" not in kernels, kernels
+    found, expected = artifact(x), model(x).detach()
+    assert isinstance(found, torch.Tensor)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_the_text_of_a_file_has_no_indentation_and_limits_once(tmp_path: Path) -> None:
+    import openvino
+
+    text = written("int8_plain", tmp_path / "m.xml", {}).path.read_text()
+    assert "\n\t" not in text and ">  <" not in text
+    rounded = [
+        op for op in openvino.Core().read_model(tmp_path / "m.xml").get_ops() if op.get_type_name() == "FakeQuantize"
+    ]
+    assert len(rounded) >= 3
+    for op in rounded:
+        limits = [op.input_value(place).get_node().get_friendly_name() for place in (1, 2, 3, 4)]
+        assert limits[:2] == limits[2:] and limits[0] != limits[1]
+
+
 def test_int8_is_judged_as_int8(tmp_path: Path) -> None:
     assert written("int8_plain", tmp_path / "m.xml", BFLOAT16 | FLOAT16).metadata.precision == "int8"
 

@@ -107,7 +107,7 @@ class LiteRtTarget(Target):
 
         model = schema.ModelT.InitFromPackedBuf(bytearray(path.read_bytes()), 0)
         for tensor in (tensor for graph in model.subgraphs for tensor in graph.tensors):
-            tensor.name = re.sub(rb"(\w+\.)+", b"", tensor.name)  # a small net's weigh as much as its scales
+            tensor.name = re.sub(rb"([\w<>]+\.)+", b"", tensor.name)  # a small net's weigh as much as its scales
         text = metadata.to_json().encode()
         model.metadata = list(model.metadata or [])
         for name, data in ((KEY, text), (_CHECKSUM, _NO_DIGEST)):
