@@ -142,7 +142,8 @@ def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> No
             str(b): round(1e3 * medians[arm.name, b], 3) if (arm.name, b) in medians else kept.get("ms", {}).get(str(b))
             for b in BATCHES
         }
-        row["measured with"] = environment() if medians else kept.get("measured with")
+        timed = any((arm.name, b) in medians for b in BATCHES)
+        row["measured with"] = environment() if timed else kept.get("measured with")
         row.pop("batch", None)
         old[model, arm.name] = row
     names = [arm.name for arm in ARMS]
