@@ -24,6 +24,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ RECORDS = Path(__file__).parent / "records"
 MACHINES = {"vnni": "CPU with VNNI", "no_vnni": "CPU without VNNI"}
 BATCHES = (1, 8)
 THREADS = 2
+COMPILE = "compile-float32-peer"  # what all are compared with
 PACKAGES = (
     "torch", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "executorch", "litert-torch",
     "ai-edge-litert", "ai-edge-quantizer", "transformers", "timm", "torchvision", "torchopt_passes",
@@ -125,7 +127,8 @@ def _receive(process: subprocess.Popen[str]) -> list[float] | None:
 
 
 def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> None:
-    """Put the cells of a model into the record; times that are not measured now stay."""
+    """Put the cells of a model into the record; times that are not measured now stay, with the run that they are of."""
+    run = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
     place = RECORDS / f"deploy_cells_{machine()}.json"
     whole = json.loads(place.read_text()) if place.exists() else {"rows": []}
     old = {(row["model"], row["arm"]): row for row in whole["rows"]}
@@ -134,7 +137,7 @@ def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> No
         if not rows and arm.is_file:
             continue
         kept = old.get((model, arm.name), {})
-        row = {"target": arm.target, "precision": arm.precision, "maker": arm.maker}
+        row: Row = {"target": arm.target, "precision": arm.precision, "maker": arm.maker}
         row |= rows[0] if rows else {"model": model, "arm": arm.name}
         if len(rows) > 1 and "failed" in rows[1] and "failed" not in rows[0]:
             row["failed at batch 8"] = rows[1]["failed"]
@@ -142,8 +145,11 @@ def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> No
             str(b): round(1e3 * medians[arm.name, b], 3) if (arm.name, b) in medians else kept.get("ms", {}).get(str(b))
             for b in BATCHES
         }
-        timed = any((arm.name, b) in medians for b in BATCHES)
-        row["measured with"] = environment() if timed else kept.get("measured with")
+        if any((arm.name, b) in medians for b in BATCHES):
+            base = {str(b): round(1e3 * medians[COMPILE, b], 3) for b in BATCHES if (COMPILE, b) in medians}
+            row |= {"run": run, "compile ms": base, "measured with": environment()}
+        else:
+            row |= {key: kept.get(key) for key in ("run", "compile ms", "measured with")}
         row.pop("batch", None)
         old[model, arm.name] = row
     names = [arm.name for arm in ARMS]

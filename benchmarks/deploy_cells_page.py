@@ -24,7 +24,8 @@ makes, next to what the runtime's own tools make of the same model and calibrati
 - **Models.** EfficientNet-Lite0 and MiniLM-L6 with their published weights; the others with seeded weights (their
   accuracy means nothing, their speed and rounding error do). Pictures of 224 pixels, texts of 128 tokens.
 - **ms**: median of a call at batch 1 and 8; every file in a process of its own, the processes take turns. Behind it
-  the speed relative to `torch.compile` of the float32 model with freezing, for the same batch.
+  the speed relative to `torch.compile` of the float32 model with freezing, for the same batch, in the same run. Rows of
+  a model may be of several runs, on machines of one kind but not of one speed: compare the ratios.
 - **of peer**: speed relative to the peer's file for the same runtime and precision; 1.00 is as fast, 2.00 twice.
 - **MB**: of the file; behind it the share of our float32 file for the same target.
 - **cosine, agreement**: with the float32 model, on 240 random crops of real photos (the same first class) or 240
@@ -123,13 +124,12 @@ def _count(what: str, found: list[tuple[str, float]], good: Any) -> str:
 
 
 def _best(table: Table, model: str, measure: str, floor: float) -> Iterator[str]:
-    base = table.get(("compile", "float32", "peer"))
-    for batch in BATCHES if base else ():
+    for batch in BATCHES:
         found = [
             (ratio, row)
             for row in table.values()
             if row["maker"] in ("ours", "tuned", "guarded") and row.get("fidelity", {}).get(measure, 0.0) >= floor
-            if (ratio := _ratio(base, row, batch)) is not None
+            if (ratio := _speed(row, batch)) is not None
         ]
         if found:
             ratio, row = max(found, key=lambda pair: pair[0])
@@ -164,7 +164,6 @@ def _pairs(table: Table) -> Iterator[tuple[Row, Row]]:
 def _lines(table: Table) -> Iterator[str]:
     yield "| target | precision | ms, batch 1 | of peer | ms, batch 8 | of peer | MB | cosine | agreement | error |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"
-    base = table.get(("compile", "float32", "peer"), {})
     peers = {id(row): peer for row, peer in _pairs(table)}
     for (target, precision, maker), row in table.items():
         if maker == "peer" and target not in ("eager", "compile"):
@@ -177,7 +176,7 @@ def _lines(table: Table) -> Iterator[str]:
             continue
         cells = []
         for batch in BATCHES:
-            ratio, of_peer = _ratio(base, row, batch), _ratio(peer, row, batch)
+            ratio, of_peer = _speed(row, batch), _ratio(peer, row, batch)
             ms = row["ms"].get(batch)
             cells.append("-" if ms is None else f"{ms:.2f}" + (f" ({ratio:.2f}x)" if ratio is not None else ""))
             cells.append("-" if of_peer is None else f"{of_peer:.2f}")
@@ -210,9 +209,17 @@ def _failed(table: Table) -> Iterator[str]:
 
 
 def _ratio(slow: Row, fast: Row, batch: str) -> float | None:
-    """Return how many times as fast `fast` is."""
+    """Return how many times as fast `fast` is; None where they were not timed in the same run."""
+    if slow.get("target") == "compile":
+        return _speed(fast, batch)
     times = [row.get("ms", {}).get(batch) for row in (slow, fast)]
-    return times[0] / times[1] if all(times) else None
+    return times[0] / times[1] if all(times) and slow["run"] == fast["run"] else None
+
+
+def _speed(row: Row, batch: str) -> float | None:
+    """Return how many times as fast as ``torch.compile`` in the same run."""
+    base, time = ((row.get(key) or {}).get(batch) for key in ("compile ms", "ms"))
+    return base / time if base and time else None
 
 
 def _share(table: Table, row: Row) -> float | None:
