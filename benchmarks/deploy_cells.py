@@ -133,7 +133,7 @@ def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> No
     whole = json.loads(place.read_text()) if place.exists() else {"rows": []}
     old = {(row["model"], row["arm"]): row for row in whole["rows"]}
     for arm in arms_of(model):
-        rows = [row for batch in BATCHES if (row := read_row(cache, model, arm, batch))]
+        rows = [found for batch in BATCHES if (found := read_row(cache, model, arm, batch))]
         if not rows and arm.is_file:
             continue
         kept = old.get((model, arm.name), {})
