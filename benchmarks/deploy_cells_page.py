@@ -38,7 +38,8 @@ makes, next to what the runtime's own tools make of the same model and calibrati
   OpenVINO's own choice.
 - **sizes**: open batches, but on Inductor (which orders weights for a size, int8 ones again in each call of an open
   batch), of the peers on LiteRT and ExecuTorch, and of what is listed: those have a file for each batch. Texts have one
-  length; open lengths cost OpenVINO's attention kernel time.
+  length; open lengths cost OpenVINO's attention kernel time. (Of commits before 0bf6495: open lengths, and open batches
+  of float32 on Inductor.)
 - **Peers.** Inductor: torchao PT2E with `X86InductorQuantizer`, compiled with freezing. ONNX Runtime: `torch.onnx` and
   `quantize_static` (QDQ, uint8 activations, by channel). OpenVINO: `convert_model` and NNCF. ExecuTorch:
   `XNNPACKQuantizer`. LiteRT: `litert_torch` and the static recipe of `ai_edge_quantizer`. Each with its defaults.
@@ -82,9 +83,10 @@ def _environment(record: dict[str, Any]) -> str:
     if found is None:
         return ""
     names = [name for name in found if name not in ("python", "cpu", "threads", "cores", "commit")]
+    every = [row["measured with"]["commit"] for row in record["rows"] if row.get("measured with")]
     return (
         f"{found['threads']} threads on {found['cores']} x86-64 cores with {found['cpu']}. "
-        f"{', '.join(f'{name} {found[name]}' for name in names)}.\n"
+        f"{', '.join(f'{name} {found[name]}' for name in names)}, of commit {', '.join(dict.fromkeys(every))}.\n"
     )
 
 
