@@ -257,11 +257,15 @@ class InsertFakeQuant(GraphPass):
         if not 0.0 < self.momentum <= 1.0:
             raise ConfigError(f"InsertFakeQuant: momentum must be in (0, 1], not {self.momentum}")
 
-    def _signed(self, place: Place) -> bool:
-        """Return whether an activation is int8 about zero: as asked, else as the target computes."""
+    @property
+    def signed_activations(self) -> bool:
+        """Whether all activations are int8 about zero: as asked, else as the target computes."""
         if self.activation_symmetric is None:
-            return place.symmetric or "uint8 activations" in get_target(self.target).no_grid
+            return "uint8 activations" in get_target(self.target).no_grid
         return self.activation_symmetric
+
+    def _signed(self, place: Place) -> bool:
+        return self.signed_activations or (place.symmetric and self.activation_symmetric is None)
 
     def plan(self, graph_module: fx.GraphModule, context: PassContext | None = None) -> Plan:
         """Choose the places; see the class."""
