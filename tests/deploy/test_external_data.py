@@ -103,6 +103,7 @@ def test_models_above_the_limit_of_a_protobuf(tmp_path: Path, monkeypatch: pytes
 
     class Watched:
         def __init__(self, program: Any) -> None:
+            self.model = program.model
             self.save = lambda path, external_data: (
                 saved.append(external_data),
                 program.save(path, external_data=external_data),
