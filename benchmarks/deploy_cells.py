@@ -133,11 +133,13 @@ def _receive(process: subprocess.Popen[str]) -> list[float] | None:
 def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> None:
     """Put the cells of a model into the record; times that are not measured now stay, with the run that they are of."""
     run = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+    base = {str(b): round(1e3 * medians[COMPILE, b], 3) for b in BATCHES if (COMPILE, b) in medians}
+    found = environment()
     place = RECORDS / f"deploy_cells_{machine()}.json"
     whole = json.loads(place.read_text()) if place.exists() else {"rows": []}
     old = {(row["model"], row["arm"]): row for row in whole["rows"]}
     for arm in arms_of(model):
-        rows = [found for batch in BATCHES if (found := read_row(cache, model, arm, batch))]
+        rows = [made for batch in BATCHES if (made := read_row(cache, model, arm, batch))]
         if not rows and arm.is_file:
             continue
         kept = old.get((model, arm.name), {})
@@ -145,15 +147,11 @@ def record(model: str, cache: Path, medians: dict[tuple[str, int], float]) -> No
         row |= rows[0] if rows else {"model": model, "arm": arm.name}
         if len(rows) > 1 and "failed" in rows[1] and "failed" not in rows[0]:
             row["failed at batch 8"] = rows[1]["failed"]
-        row["ms"] = {
-            str(b): round(1e3 * medians[arm.name, b], 3) if (arm.name, b) in medians else kept.get("ms", {}).get(str(b))
-            for b in BATCHES
-        }
-        if any((arm.name, b) in medians for b in BATCHES):
-            base = {str(b): round(1e3 * medians[COMPILE, b], 3) for b in BATCHES if (COMPILE, b) in medians}
-            row |= {"run": run, "compile ms": base, "measured with": environment()}
+        times = {str(b): round(1e3 * medians[arm.name, b], 3) for b in BATCHES if (arm.name, b) in medians}
+        if times:
+            row |= {"ms": times, "run": run, "compile ms": base, "measured with": found}
         else:
-            row |= {key: kept.get(key) for key in ("run", "compile ms", "measured with")}
+            row |= {"ms": {}} | {key: kept[key] for key in ("ms", "run", "compile ms", "measured with") if key in kept}
         row.pop("batch", None)
         old[model, arm.name] = row
     names = [arm.name for arm in ARMS]

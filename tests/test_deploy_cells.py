@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks import deploy_cells
 from benchmarks.deploy_cells_page import page
 
 
@@ -49,3 +54,19 @@ def test_a_cell_that_does_not_work_gives_its_reason() -> None:
     text = page({"CPU with VNNI": RECORD})
     assert "| litert | int8 | does not work |" in text
     assert "- litert int8, ours: `ExportError: no a/b`" in text
+
+
+def test_a_row_holds_times_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy_cells, "RECORDS", tmp_path)
+    (tmp_path / "resnet50").mkdir()
+    arm = "onnx-int8-ours"
+    built = {"model": "resnet50", "arm": arm, "batch": 1, "open": True, "bytes": 9}
+    (tmp_path / "resnet50" / f"{arm}-1.json").write_text(json.dumps(built))
+    base = deploy_cells.COMPILE
+    both = {(base, 1): 0.1, (base, 8): 0.8, (arm, 1): 0.05, (arm, 8): 0.4}
+    for medians in (both, {(base, 1): 0.2, (arm, 1): 0.1}, {}):  # the last builds alone: times stay
+        deploy_cells.record("resnet50", tmp_path, medians)
+    rows = json.loads((tmp_path / f"deploy_cells_{deploy_cells.machine()}.json").read_text())["rows"]
+    (found,) = [row for row in rows if row["arm"] == arm]
+    assert found["ms"] == {"1": 100.0} and found["compile ms"] == {"1": 200.0}
+    assert "| onnx | int8 | 100.00 (2.00x) |" in page({"CPU": {"rows": rows}})

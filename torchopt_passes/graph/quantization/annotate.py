@@ -16,7 +16,7 @@ from torch import fx
 
 from torchopt_passes.graph.edit import Skip
 from torchopt_passes.graph.quantization.operations import Operation, Weight, find_operations
-from torchopt_passes.graph.quantization.targets import FUSED_ACTIVATIONS, KINDS, Target
+from torchopt_passes.graph.quantization.targets import FUSED_ACTIVATIONS, Target
 
 __all__ = ["Annotation", "Place", "annotate"]
 
@@ -289,10 +289,12 @@ def _pads_a_number(node: fx.Node) -> bool:
 
 def _moves_attention(node: fx.Node, target: Target) -> bool:
     """Return whether a node moves what an attention kernel gives: such a kernel returns floats, moved as wanted."""
+    if "attention" not in target.int8:
+        return False
     source = node.args[0]
     while isinstance(source, fx.Node) and source.target in _SAME | target.follow:
         source = source.args[0]
-    return "attention" in target.int8 and isinstance(source, fx.Node) and _kind(source) == "attention"
+    return isinstance(source, fx.Node) and source.target is aten.scaled_dot_product_attention.default
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
@@ -312,10 +314,6 @@ def _same_shapes(add: fx.Node) -> bool:
         return False
     left, right = (n.meta["val"].shape for n in operands)
     return len(left) == len(right) and all(str(a) == str(b) for a, b in zip(left, right, strict=True))
-
-
-def _kind(node: fx.Node) -> str:
-    return KINDS[node.target].kind if node.target in KINDS else ""
 
 
 def _called(op: Operation) -> str:
