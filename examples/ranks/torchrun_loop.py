@@ -22,19 +22,17 @@ from torchopt_passes.callbacks import num_items_in_batch
 EPOCHS, BATCH = 6, 50
 
 
-def main(fsdp: bool) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")  # nccl on GPUs
-    rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    train, test = load()
-    teacher = make_teacher(train)
+def train(fsdp: bool) -> tuple[float, float]:
+    """The sparsity and the accuracy of a student that is pruned and distilled on all ranks."""
+    rows, test = load()
+    teacher = make_teacher(rows)
 
     torch.manual_seed(0)
     student = Net(64)
     wrapped: nn.Module = fully_shard(student) if fsdp else nn.parallel.DistributedDataParallel(student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    sampler = DistributedSampler(train, seed=0)
-    loader = DataLoader(train, batch_size=BATCH // ranks, sampler=sampler, collate_fn=collate)
+    sampler = DistributedSampler(rows, seed=0)
+    loader = DataLoader(rows, batch_size=BATCH // distributed.get_world_size(), sampler=sampler, collate_fn=collate)
     callbacks = [
         top.GradualPruning(sparsity=0.8, start=0.1, end=0.7, scope="global"),
         top.Distillation(teacher, alpha=0.5, temperature=2.0),
@@ -48,11 +46,17 @@ def main(fsdp: bool) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         metrics = session.metrics()
+    return metrics["sparsity"], accuracy(wrapped, test)
 
-    found = accuracy(wrapped, test)
-    if rank == 0:
-        print(f"{ranks} ranks: sparsity {metrics['sparsity']:.3f}, accuracy {found:.3f}")
-    distributed.barrier()
+
+def main(fsdp: bool) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")  # nccl on GPUs
+    # In a function of its own: DistributedDataParallel must be gone before the process group is. If it is the last
+    # to hold the group, it frees it under Python's lock, which a gloo thread may wait for: the process never ends.
+    sparsity, found = train(fsdp)
+    if distributed.get_rank() == 0:
+        print(f"{distributed.get_world_size()} ranks: sparsity {sparsity:.3f}, accuracy {found:.3f}")
     distributed.destroy_process_group()
 
 
