@@ -13,9 +13,9 @@ SATURATING_TARGETS = frozenset({"inductor", "onnx", "openvino"})
 
 
 def saturates(target: str) -> bool:
-    """Whether the int8 kernels of a target saturate on this CPU when activations use all 8 bits.
+    """Whether the int8 kernels of a target saturate on this CPU when weights use all 8 bits.
 
-    2 * 255 * 127 is above 2^15; with 7 bits, 2 * 127 * 127 is not. That is x86 without VNNI or AMX.
+    2 * 255 * 127 is above 2^15; with weights of 7 bits, 2 * 255 * 64 is not. That is x86 without VNNI or AMX.
 
     Example:
         >>> saturates("tensorrt")

@@ -180,7 +180,10 @@ def _verify(
         where = f"its first layer that differs could not be found: {error}"
     way_out = ""
     if precision == "int8" and saturates(target.name):
-        way_out = ". This CPU has no VNNI: its int8 kernels saturate unless InsertFakeQuant has reduce_range=True"
+        way_out = (
+            ". This CPU has no VNNI: its int8 kernels saturate where weights have more than 7 bits"
+            " (InsertFakeQuant(reduce_range=True) gives them 7)"
+        )
     raise VerificationError(
         f"the {target.name} file is not what {type(program.source).__name__} computes: {result}"
         f"{f'; {where}' if where else ''}. No file was written{way_out}"

@@ -36,11 +36,10 @@ def quantized(
     """Quantize a float model after training, on the grids that a target computes with on this machine.
 
     Biases are corrected, embeddings are stored in int8 with a scale for each row, and averages over all positions get
-    twice the range that was seen. Where there are layer norms or
-    RMS norms, a few channels behind them are far larger than the rest and matter: they are smoothed first, and ranges
-    hold all that was seen (sentence embeddings of MiniLM keep a mean cosine of 0.998, see docs/deploy_cells.md). Where
-    kernels of linears return int8, output channels that differ much get one range. On an x86 CPU without VNNI weights
-    get 7 bits (`saturates`).
+    twice the range that was seen. Where there are layer norms or RMS norms, a few channels behind them are far larger
+    than the rest and matter: they are smoothed first, and ranges hold all that was seen (sentence embeddings of MiniLM
+    keep a mean cosine of 0.998, see docs/deploy_cells.md). Where kernels of linears return int8, output channels that
+    differ much get one range. On an x86 CPU without VNNI weights get 7 bits (`saturates`).
 
     Args:
         module: an ``nn.Module`` or a captured graph; left as it was.
