@@ -42,6 +42,11 @@ def test_dead_channels_keep_their_scale() -> None:
     assert smoothing_scale(zero, one, 0.5).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_channels_that_are_as_good_as_dead_do_not_overflow() -> None:
+    nearly_zero, one = torch.tensor([1e-30, 1.0, 1e-30]), torch.tensor([1.0, 1e-30, 1e-30])
+    assert smoothing_scale(nearly_zero, one, 0.5).tolist() == pytest.approx([1e-5, 1e5, 1.0])
+
+
 @settings(deadline=None)
 @given(positive, st.floats(0.0, 1.0), st.randoms(use_true_random=False))
 def test_smoothing_is_equation_4_and_a_second_time_does_nothing(

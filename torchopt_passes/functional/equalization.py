@@ -91,8 +91,9 @@ def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float
     """Return the scale by which each input channel is divided, and its weights multiplied.
 
     Formula:
-        s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
-    A channel that is zero on one side keeps the scale 1.
+        s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), at least 1e-5 and at most 1e5
+    A channel that is zero on one side keeps the scale 1. Without the limits a channel that is as good as dead (values
+    of 1e-30) makes weights that overflow.
 
     Args:
         activation: max|X_j|, shape [C].
@@ -101,13 +102,13 @@ def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float
 
     Source:
         Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
-        equation 4.
+        equation 4; the lower limit is that of the authors' code.
 
     Example:
         >>> smoothing_scale(torch.tensor([16.0]), torch.tensor([0.25]), 0.5)
         tensor([8.])
     """
-    scale = activation.pow(alpha) / weight.pow(1.0 - alpha)
+    scale = (activation.pow(alpha) / weight.pow(1.0 - alpha)).clamp(1e-5, 1e5)
     return torch.where((activation > 0) & (weight > 0) & torch.isfinite(scale), scale, 1.0)
 
 
