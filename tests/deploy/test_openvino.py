@@ -112,6 +112,26 @@ def test_vision_transformers_compute_in_integers(tmp_path: Path) -> None:
     assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
+def test_patches_of_a_convolution_are_gathered(tmp_path: Path) -> None:
+    """The runtime (2026.4) does not compile a gather with indices of two dims behind an int8 convolution."""
+
+    class Unfolded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 1, bias=False), nn.LayerNorm(16), nn.Linear(16, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(nn.functional.unfold(self.conv(x), 2, stride=2).transpose(1, 2)))
+
+    torch.manual_seed(0)
+    model, x = Unfolded().eval(), torch.randn(16, 3, 8, 8)
+    artifact = export(model, tmp_path / "m.xml", example_inputs=x[:2], quantization="int8", calibration=[x])
+    assert artifact.metadata.layers == {"conv2d int8": 1, "linear int8": 1}
+    found, expected = artifact(x), model(x).detach()
+    assert isinstance(found, torch.Tensor)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
 def test_the_text_of_a_file_has_no_indentation_and_limits_once(tmp_path: Path) -> None:
     import openvino
 

@@ -13,6 +13,7 @@ import torch
 from torchopt_passes.deploy.base import Runner, Target
 from torchopt_passes.deploy.metadata import KEY, Metadata
 from torchopt_passes.deploy.onnx_graph import first_apart, layer_values, save_onnx
+from torchopt_passes.deploy.openvino_changes import change_int8_model, drop_zero_points
 from torchopt_passes.deploy.program import Program
 from torchopt_passes.deploy.verify import DEFAULT_TOLERANCE
 from torchopt_passes.errors import ExportError
@@ -67,11 +68,10 @@ class OpenVinoTarget(Target):
             )
         draft = path.with_name("draft.onnx")
         try:
-            save_onnx(program, _OPSET, draft, change=_drop_zero_points)
+            save_onnx(program, _OPSET, draft, change=drop_zero_points)
             model = openvino.convert_model(str(draft))
             if program.precision == "int8":
-                _squeeze_apart(model)
-                _share_limits(model)
+                change_int8_model(model)
             # its weights may still be those of the draft, mapped into memory
             openvino.save_model(model, str(path), compress_to_fp16=self.weights == "float16")
         finally:
@@ -143,53 +143,6 @@ class _Compiled:
         return [torch.from_numpy(results[place].copy()).to(device) for place in range(self._outputs)]
 
 
-def _drop_zero_points(graph: Any) -> None:
-    """Leave out zero points of weights that are all 0, of an ONNX graph in place.
-
-    OpenVINO computes in float with weights whose zero points layers of other ranks share (2026.4): a convolution's and
-    a linear's, of vision transformers.
-    """
-    for node in graph.all_nodes():
-        if node.op_type == "DequantizeLinear" and len(node.inputs) > 2 and node.inputs[0].const_value is not None:
-            zero_point = node.inputs[2].const_value
-            if zero_point is not None and not zero_point.numpy().any():
-                node.resize_inputs(2)
-
-
-def _squeeze_apart(model: Any) -> None:
-    """Let means keep the dims that they are over, and drop these in an operation of their own, in place.
-
-    A batch norm and a rounding that follow are computed within the mean, with the scales of wrong channels where it
-    drops dims (2026.4): of ``(n, 4, 64)`` to ``(n, 64)``, all values are wrong.
-    """
-    from openvino import opset13
-
-    for mean in model.get_ordered_ops():
-        if mean.get_type_name() != "ReduceMean" or mean.get_attributes()["keep_dims"]:
-            continue
-        value, dims = (mean.input_value(place) for place in (0, 1))
-        kept = opset13.reduce_mean(value, dims, keep_dims=True)
-        squeezed = opset13.squeeze(kept, dims)
-        squeezed.set_friendly_name(mean.get_friendly_name())
-        for reader in mean.output(0).get_target_inputs():
-            reader.replace_source_output(squeezed.output(0))
-
-
-def _share_limits(model: Any) -> None:
-    """Let a value that is rounded have its limits once, in place: before and after rounding they are the same."""
-    from openvino import opset13
-
-    for fake_quantize in model.get_ordered_ops():
-        if fake_quantize.get_type_name() != "FakeQuantize":
-            continue
-        for before, after in ((1, 3), (2, 4)):
-            limit, same = (fake_quantize.input_value(place).get_node() for place in (before, after))
-            if limit.get_type_name() == same.get_type_name() == "Constant" and (limit.data == same.data).all():
-                shared = opset13.constant(limit.data.item(), limit.data.dtype) if limit.data.size == 1 else limit
-                for place in (before, after):
-                    fake_quantize.input(place).replace_source_output(shared.output(0))
-
-
 def _arrays(inputs: Sequence[torch.Tensor]) -> list[Any]:
     return [value.detach().cpu().contiguous().numpy() for value in inputs]
 
@@ -216,9 +169,8 @@ def _compile(model: Any, precision: str, device: str) -> Any:
     try:
         return openvino.Core().compile_model(model, device, options)
     except RuntimeError as error:
-        raise ExportError(
-            f"OpenVINO cannot compile the model for {device}: {str(error).strip().splitlines()[-1]}"
-        ) from error
+        reason = " ".join(str(error).strip().splitlines()[-2:])  # the node, and what is wrong with it
+        raise ExportError(f"OpenVINO cannot compile the model for {device}: {reason[-500:]}") from error
 
 
 def _kernels(compiled: Any) -> str:
