@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -14,12 +15,17 @@ import pytest
 import torch
 
 from tests.deploy.sources import get
+from torchopt_passes import PassContext, capture
 from torchopt_passes.deploy import OnnxTarget, export
 from torchopt_passes.deploy.base import target_types
 from torchopt_passes.deploy.files import staged
+from torchopt_passes.deploy.noise import rounding_noise
 from torchopt_passes.deploy.program import Program
-from torchopt_passes.deploy.verify import Verification, beyond_noise, compare, rounding_noise
+from torchopt_passes.deploy.verify import Verification, beyond_noise, compare
 from torchopt_passes.errors import ExportError, VerificationError
+from torchopt_passes.graph.quantization.calibrate import Calibrate
+from torchopt_passes.graph.quantization.convert_quantized import ConvertQuantized
+from torchopt_passes.graph.quantization.insert_fake_quant import InsertFakeQuant
 
 
 def tamper(path: Path, name: str) -> None:
@@ -214,9 +220,25 @@ def test_int8_is_judged_by_how_far_its_own_roundings_move_it() -> None:
     moved = (noise * 10) ** 2 * 64  # of 64 values 10, those whose weight grew are 11
     assert moved == pytest.approx(round(moved)) and 10 < moved < 54
     failed = Verification(error=0.1, tolerance=0.03, sqnr=20.0, agreement=1.0, calls=1)
-    assert beyond_noise(failed, source, calls, ["y"]).tolerance == 1.5 * noise
-    assert beyond_noise(failed, source, calls, ["y"]).passed == (1.5 * noise >= 0.1)
+    assert beyond_noise(failed, noise).tolerance == 1.5 * noise
+    assert beyond_noise(failed, noise).passed == (1.5 * noise >= 0.1)
     # nothing moves: nothing more is allowed; everything moves: nothing can be told
-    assert beyond_noise(failed, Borders(10.25), calls, ["y"]) == failed
-    assert beyond_noise(failed, Borders(0.5), calls, ["y"]) == failed
+    assert beyond_noise(failed, rounding_noise(Borders(10.25), calls, ["y"])) == failed
+    assert beyond_noise(failed, rounding_noise(Borders(0.5), calls, ["y"])) == failed
     assert torch.equal(source.weight, torch.full((64,), 10.5))
+
+
+def test_biases_of_int8_layers_are_judged_on_their_grid() -> None:
+    linear = torch.nn.Linear(2, 2)
+    torch.nn.init.eye_(linear.weight)
+    linear.bias.data = torch.tensor([0.02, 0.05])
+    x = torch.tensor([[-1000.0, 1000.0]])
+    graph, context = capture(linear, (x,)), PassContext(calibration=[(x,)])
+    for step in (InsertFakeQuant(target="inductor", qat=False), Calibrate(method="minmax"), ConvertQuantized()):
+        step(graph.eval(), context)
+    calls = [((torch.zeros(1, 2),), {})]  # what comes out are the biases
+    step = 2000 / 255 * 1 / 127.5  # of inputs and weights: 0.06, on whose grid the biases are 0 and 1
+    assert rounding_noise(graph, calls, ["output"]) < 1e-6
+    moved = math.hypot(0.02, step - 0.05) / math.hypot(0.02, 0.05)
+    assert rounding_noise(graph, calls, ["output"], int32_biases=True) == pytest.approx(moved, rel=0.02)
+    assert linear.bias.tolist() == pytest.approx([0.02, 0.05])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from torchopt_passes.deploy.size import compressed_size
 from torchopt_passes.deploy.verify import Verification, compare_with_source
 from torchopt_passes.errors import ConfigError, ExportError, VerificationError
 from torchopt_passes.graph.calls import as_call
+from torchopt_passes.graph.verify import Inputs
 
 __all__ = ["Artifact", "open_artifact"]
 
@@ -112,12 +113,26 @@ class Artifact:
         """
         call = as_call(inputs)
         found = self.run(self._ordered((), named_inputs(module, call)))
-        names = [spec.name for spec in self.metadata.outputs]
-        precision = self.metadata.precision
-        result = compare_with_source([found], module, [call], names, precision=precision, tolerance=tolerance)
+        result = self.compare([found], module, [call], tolerance=tolerance)
         if not result.passed:
             raise VerificationError(f"{self.path.name} is not what {type(module).__name__} computes: {result}")
         return result
+
+    def compare(
+        self,
+        found: Sequence[Sequence[torch.Tensor]],
+        module: nn.Module,
+        calls: Sequence[Inputs],
+        *,
+        tolerance: float | None = None,
+    ) -> Verification:
+        """Compare outputs of several calls, in the order of ``metadata.outputs``, with the module's (see `verify`)."""
+        return compare_with_source(
+            *(found, module, calls, [spec.name for spec in self.metadata.outputs]),
+            precision=self.metadata.precision,
+            int32_biases=target_types()[self.metadata.target].int32_biases,
+            tolerance=tolerance,
+        )
 
     def __repr__(self) -> str:
         inputs = ", ".join(map(str, self.metadata.inputs))

@@ -44,6 +44,7 @@ class Target(Record):
         extra: the extra of torchopt_passes that installs them.
         supports: one line on what it takes.
         may_fix_sizes: whether ``dynamic="auto"`` fixes every size when the runtime cannot leave some open.
+        int32_biases: whether the runtime rounds the biases of int8 layers (see `rounding_noise`).
     """
 
     name: ClassVar[str] = ""
@@ -52,6 +53,7 @@ class Target(Record):
     extra: ClassVar[str] = ""
     supports: ClassVar[str] = ""
     may_fix_sizes: ClassVar[bool] = False
+    int32_biases: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

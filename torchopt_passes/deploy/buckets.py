@@ -13,7 +13,7 @@ from torch import nn
 
 from torchopt_passes.deploy.artifact import Artifact, open_artifact
 from torchopt_passes.deploy.calls import batch_size, named_inputs, resize_batch
-from torchopt_passes.deploy.verify import Verification, compare_with_source
+from torchopt_passes.deploy.verify import Verification
 from torchopt_passes.errors import ConfigError, ExportError, VerificationError
 from torchopt_passes.graph.calls import as_call
 from torchopt_passes.graph.record import Record
@@ -102,8 +102,7 @@ class Buckets:
         names = [spec.name for spec in self.artifacts[0].metadata.outputs]
         results = [self._run(self.artifacts[0].named((), named_inputs(module, call))) for call in given]
         found = [[result[name] for name in names] for result in results]
-        precision = self.artifacts[0].metadata.precision
-        result = compare_with_source(found, module, given, names, precision=precision, tolerance=tolerance)
+        result = self.artifacts[0].compare(found, module, given, tolerance=tolerance)
         if not result.passed:
             raise VerificationError(f"the buckets are not what {type(module).__name__} computes unpadded: {result}")
         return result

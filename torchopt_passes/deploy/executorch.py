@@ -60,6 +60,7 @@ class ExecuTorchTarget(Target):
     extra: ClassVar[str] = "executorch"
     supports: ClassVar[str] = "float32, int8; dynamic batch and sequence up to a stated bound; CPU (XNNPACK)"
     may_fix_sizes: ClassVar[bool] = True
+    int32_biases: ClassVar[bool] = True
 
     max_batch: int = 32
     max_length: int = 512

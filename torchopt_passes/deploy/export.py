@@ -171,7 +171,12 @@ def _verify(
         ) from error
     names = [spec.name for spec in program.outputs]
     precision = target.file_precision(program)
-    result = compare_with_source(found, program.source, calls, names, precision=precision, tolerance=tolerance)
+    result = compare_with_source(
+        *(found, program.source, calls, names),
+        precision=precision,
+        int32_biases=target.int32_biases,
+        tolerance=tolerance,
+    )
     if result.passed:
         return result
     try:

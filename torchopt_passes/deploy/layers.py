@@ -9,7 +9,7 @@ from torch import fx
 
 from torchopt_passes.deploy.stored_weights import MATMUL_NBITS
 
-__all__ = ["count_layers", "is_quantized"]
+__all__ = ["count_layers", "dequantized", "is_quantized"]
 
 _aten = torch.ops.aten
 # what a dequantized tensor may pass on its way into a layer
@@ -42,17 +42,18 @@ def count_layers(graph_module: fx.GraphModule) -> dict[str, int]:
     for node in graph_module.graph.nodes:
         layer = KINDS.get(node.target)
         if node.op == "call_function" and layer is not None:
-            int8 = _from_dequantize(node.args[layer.activation]) and _from_dequantize(node.args[layer.weight])
+            int8 = all(dequantized(node.args[place]) for place in (layer.activation, layer.weight))
             counts[f"{layer.kind} {'int8' if int8 else 'float'}"] += 1
         elif str(node.target) == MATMUL_NBITS:
             counts[f"linear {node.args[4]}-bit weights"] += 1
     return dict(sorted(counts.items()))
 
 
-def _from_dequantize(value: object) -> bool:
+def dequantized(value: object) -> fx.Node | None:
+    """Return the dequantize op that a value comes out of, moved or as it is; None where there is none."""
     while isinstance(value, fx.Node) and value.target in _MOVES:
         value = value.args[0]
-    return isinstance(value, fx.Node) and _is_dequantize(value)
+    return value if isinstance(value, fx.Node) and _is_dequantize(value) else None
 
 
 def _is_dequantize(node: fx.Node) -> bool:

@@ -66,6 +66,7 @@ class LiteRtTarget(Target):
     extra: ClassVar[str] = "litert"
     supports: ClassVar[str] = "float32, float16 weights, dynamic-range int8, int16x8, int8; dynamic batch of CNNs; CPU"
     may_fix_sizes: ClassVar[bool] = True
+    int32_biases: ClassVar[bool] = True
 
     weights: Literal["float32", "float16", "int8", "int16x8"] = "float32"
 

@@ -45,6 +45,7 @@ class OnnxTarget(Target):
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     extra: ClassVar[str] = "onnx"
     supports: ClassVar[str] = "float32, float16, int8 (QDQ); dynamic batch and sequence; CPU, CUDA by its runtime"
+    int32_biases: ClassVar[bool] = True
 
     opset: int = 20
     external_data: bool = False

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from torchopt_passes._compat import copy_graph
 from torchopt_passes.deploy.calls import run_source
+from torchopt_passes.deploy.noise import relative_norm, rounding_noise
 from torchopt_passes.errors import VerificationError
 from torchopt_passes.graph.verify import Inputs, relative_error, sqnr
 
@@ -19,7 +19,6 @@ __all__ = [
     "beyond_noise",
     "compare",
     "compare_with_source",
-    "rounding_noise",
 ]
 
 DEFAULT_TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "bfloat16": 0.05, "float16": 0.01, "int8": 0.03}
@@ -78,7 +77,7 @@ def compare(
         True
     """
     pairs = [(a, b) for call in zip(actual, expected, strict=True) for a, b in zip(*call, strict=True)]
-    measure = _relative_norm if precision == "int8" else relative_error
+    measure = relative_norm if precision == "int8" else relative_error
     ratios = [_MOST_DB if a.shape == b.shape and torch.equal(a, b) else _sqnr(a, b) for a, b in pairs]
     return Verification(
         error=max((measure(a, b) for a, b in pairs), default=0.0),
@@ -96,6 +95,7 @@ def compare_with_source(
     names: Sequence[str],
     *,
     precision: str,
+    int32_biases: bool = False,
     tolerance: float | None = None,
 ) -> Verification:
     """Compare the outputs of several calls with the source's; int8 is allowed what the source's own roundings move it.
@@ -106,7 +106,8 @@ def compare_with_source(
         calls: of the source.
         names: of the outputs.
         precision: of `actual` (see `compare`).
-        tolerance: the largest error allowed; the default of the precision when None, raised by `beyond_noise`.
+        int32_biases: whether `actual` comes from a runtime that rounds biases (see `rounding_noise`).
+        tolerance: the largest error allowed; the default of the precision when None, raised by `rounding_noise`.
 
     Raises:
         VerificationError: the source does not give one of the outputs.
@@ -119,40 +120,12 @@ def compare_with_source(
         expected.append([results[name] for name in names])
     result = compare(actual, expected, precision=precision, tolerance=tolerance)
     if not result.passed and tolerance is None and precision == "int8":
-        return beyond_noise(result, source, calls, names)
+        return beyond_noise(result, rounding_noise(source, calls, names, int32_biases=int32_biases))
     return result
 
 
-def rounding_noise(source: nn.Module, calls: Sequence[Inputs], names: Sequence[str]) -> float:
-    """Return how far an int8 model moves when its float parameters move by 2^-23, the rounding of float32.
-
-    A value near the border of two steps then falls to the other side, the step is passed on, and layer after layer adds
-    to it. No runtime can be closer to the model than it is to itself.
-
-    Args:
-        source: the int8 graph; left as it was.
-        calls: of the source.
-        names: of the outputs that count.
-
-    Returns:
-        ``||a - b|| / ||b||``, the largest over outputs and calls.
-    """
-    twin = copy_graph(source)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            if tensor.is_floating_point():
-                signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
-                tensor.mul_(1 + torch.finfo(torch.float32).eps * signs)
-    pairs = [(run_source(twin, call), run_source(source, call)) for call in calls]
-    return max(_relative_norm(moved[name], still[name]) for moved, still in pairs for name in names)
-
-
-def beyond_noise(
-    result: Verification, source: nn.Module, calls: Sequence[Inputs], names: Sequence[str]
-) -> Verification:
+def beyond_noise(result: Verification, noise: float) -> Verification:
     """Judge an int8 comparison that failed by the model's own `rounding_noise`: 1.5 times that is allowed."""
-    noise = rounding_noise(source, calls, names)
     return replace(result, tolerance=max(result.tolerance, 1.5 * noise)) if noise < _MOST_NOISE else result
 
 
@@ -161,13 +134,6 @@ def _sqnr(actual: torch.Tensor, expected: torch.Tensor) -> float:
         return -_MOST_DB
     value = sqnr(actual, expected)
     return max(-_MOST_DB, min(_MOST_DB, value)) if value == value else -_MOST_DB  # NaN is unequal to itself
-
-
-def _relative_norm(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    if actual.shape != expected.shape or not expected.is_floating_point():
-        return relative_error(actual, expected)
-    noise = float((actual.double() - expected.double()).norm())
-    return noise / max(float(expected.double().norm()), 1e-30) if noise == noise else float("inf")
 
 
 def _agreement(actual: torch.Tensor, expected: torch.Tensor) -> float:
