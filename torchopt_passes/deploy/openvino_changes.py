@@ -41,9 +41,7 @@ def _squeeze_apart(model: Any) -> None:
         value, dims = (mean.input_value(place) for place in (0, 1))
         kept = opset13.reduce_mean(value, dims, keep_dims=True)
         squeezed = opset13.squeeze(kept, dims)
-        squeezed.set_friendly_name(mean.get_friendly_name())
-        for reader in mean.output(0).get_target_inputs():
-            reader.replace_source_output(squeezed.output(0))
+        _replace(mean, squeezed)
 
 
 def _flatten_indices(model: Any) -> None:
@@ -64,9 +62,7 @@ def _flatten_indices(model: Any) -> None:
             continue
         row = opset13.reshape(indices, [-1], special_zero=False)
         reshaped = opset13.reshape(opset13.gather(value, row, axis), dims, special_zero=False)
-        reshaped.set_friendly_name(gather.get_friendly_name())
-        for reader in gather.output(0).get_target_inputs():
-            reader.replace_source_output(reshaped.output(0))
+        _replace(gather, reshaped)
 
 
 def _share_limits(model: Any) -> None:
@@ -82,3 +78,10 @@ def _share_limits(model: Any) -> None:
                 shared = opset13.constant(limit.data.item(), limit.data.dtype) if limit.data.size == 1 else limit
                 for place in (before, after):
                     fake_quantize.input(place).replace_source_output(shared.output(0))
+
+
+def _replace(operation: Any, other: Any) -> None:
+    """Let all that reads an operation read another one, which takes its name."""
+    other.set_friendly_name(operation.get_friendly_name())
+    for reader in operation.output(0).get_target_inputs():
+        reader.replace_source_output(other.output(0))

@@ -108,8 +108,8 @@ def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float
         >>> smoothing_scale(torch.tensor([16.0]), torch.tensor([0.25]), 0.5)
         tensor([8.])
     """
-    scale = (activation.pow(alpha) / weight.pow(1.0 - alpha)).clamp(1e-5, 1e5)
-    return torch.where((activation > 0) & (weight > 0) & torch.isfinite(scale), scale, 1.0)
+    scale = activation.pow(alpha) / weight.pow(1.0 - alpha)
+    return torch.where((activation > 0) & (weight > 0) & torch.isfinite(scale), scale.clamp(1e-5, 1e5), 1.0)
 
 
 def output_scale(largest: torch.Tensor) -> torch.Tensor:
